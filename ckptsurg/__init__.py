@@ -1,0 +1,67 @@
+"""Declarative surgery on model checkpoints, with proof that frozen weights stayed frozen."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import diff as diff
+    from .api import freeze as freeze
+    from .api import make_manifest as make_manifest
+    from .api import plan as plan
+    from .api import rewrite as rewrite
+    from .api import verify as verify
+    from .errors import CheckpointError as CheckpointError
+    from .errors import CkptsurgError as CkptsurgError
+    from .errors import FreezeError as FreezeError
+    from .errors import FrozenWeightsChanged as FrozenWeightsChanged
+    from .errors import ManifestError as ManifestError
+    from .errors import SpecError as SpecError
+    from .errors import SystemFailure as SystemFailure
+    from .errors import UsageError as UsageError
+    from .formats import open_checkpoint as open_checkpoint
+    from .manifest import Manifest as Manifest
+    from .manifest import load_manifest as load_manifest
+    from .plan import Plan as Plan
+    from .report import DiffReport as DiffReport
+    from .report import Report as Report
+    from .spec import Spec as Spec
+    from .spec import load_spec as load_spec
+
+_HOMES = {
+    "CheckpointError": "errors",
+    "CkptsurgError": "errors",
+    "DiffReport": "report",
+    "FreezeError": "errors",
+    "FrozenWeightsChanged": "errors",
+    "Manifest": "manifest",
+    "ManifestError": "errors",
+    "Plan": "plan",
+    "Report": "report",
+    "Spec": "spec",
+    "SpecError": "errors",
+    "SystemFailure": "errors",
+    "UsageError": "errors",
+    "diff": "api",
+    "freeze": "api",
+    "load_manifest": "manifest",
+    "load_spec": "spec",
+    "make_manifest": "api",
+    "open_checkpoint": "formats",
+    "plan": "api",
+    "rewrite": "api",
+    "verify": "api",
+}
+
+__all__ = sorted(_HOMES)  # noqa: PLE0605 - the same names, kept in one place
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

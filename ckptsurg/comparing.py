@@ -1,0 +1,114 @@
+"""Two versions of one tensor, bit by bit: are they the same, where do they differ, is one the other made wider.
+
+The bytes decide. Values are looked at only to say how large a difference is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .initializers import element_type
+from .report import Detail, Verdict
+from .tensors import ALGORITHMS, DTYPE_BITS, Buffer, Hasher, TensorInfo
+
+__all__ = ["compare", "is_wider", "narrowed_digest", "same_bits"]
+
+#: Which dtypes hold every value of a dtype.
+_WIDER = {
+    "F8_E4M3": ("F16", "BF16", "F32", "F64"),
+    "F8_E5M2": ("F16", "BF16", "F32", "F64"),
+    "F8_E4M3FNUZ": ("F16", "BF16", "F32", "F64"),
+    "F8_E5M2FNUZ": ("F16", "BF16", "F32", "F64"),
+    "F16": ("F32", "F64"),
+    "BF16": ("F32", "F64"),
+    "F32": ("F64",),
+}
+
+
+def is_wider(dtype: str, than: str) -> bool:
+    """Whether a dtype holds every value of another one, and more."""
+    return dtype in _WIDER.get(than, ())
+
+
+def narrowed_digest(chunks: Iterable[Buffer], wide: str, narrow: str, algorithm: str) -> str | None:
+    """The digest of a tensor after its cast to a narrower dtype; None if the cast loses a bit.
+
+    Args:
+        chunks: The tensor's bytes in the wide dtype.
+        wide: Its dtype.
+        narrow: The dtype to cast to.
+        algorithm: Of the digest.
+    """
+    hasher: Hasher = ALGORITHMS[algorithm]()
+    with np.errstate(all="ignore"):
+        for chunk in chunks:
+            values = np.frombuffer(chunk, element_type(wide))
+            cast = values.astype(element_type(narrow))
+            if cast.astype(element_type(wide)).tobytes() != bytes(chunk):
+                return None
+            hasher.update(cast.tobytes())
+    return f"{algorithm}:{hasher.hexdigest()}"
+
+
+def same_bits(one: Iterable[Buffer], other: Iterable[Buffer]) -> bool:
+    """Whether two tensors of one size have the same bytes."""
+    return all(memoryview(a) == memoryview(b) for a, b in zip(one, other, strict=True))
+
+
+def compare(
+    before: Callable[[], Iterator[Buffer]], after: Callable[[], Iterator[Buffer]], info: TensorInfo
+) -> tuple[Verdict, Detail] | None:
+    """Where two tensors of one dtype and shape differ.
+
+    Args:
+        before: Bytes of the one, in chunks.
+        after: Bytes of the other, in chunks of the same sizes.
+        info: Dtype and shape of both.
+
+    Returns:
+        The verdict and its detail; None if the bits are the same.
+    """
+    changed, first, position = 0, -1, 0
+    largest, finite = 0.0, True
+    only_zeros = only_nans = True
+    for one, other in zip(before(), after(), strict=True):
+        old, new = _elements(one, info.dtype), _elements(other, info.dtype)
+        where = np.flatnonzero(_differ(old, new))
+        if where.size:
+            changed += int(where.size)
+            first = position + int(where[0]) if first < 0 else first
+            a, b = _values(old[where]), _values(new[where])
+            with np.errstate(all="ignore"):
+                difference = float(np.max(np.abs(b - a)))
+            finite = finite and bool(np.isfinite(difference))
+            largest = max(largest, difference)
+            only_zeros = only_zeros and not (np.any(a) or np.any(b))
+            only_nans = only_nans and bool(np.all(np.isnan(a) & np.isnan(b)))
+        position += len(old)
+    if not changed:
+        return None
+    verdict: Verdict = "sign_of_zero" if only_zeros else "nan_payload" if only_nans else "changed"
+    index = tuple(int(part) for part in np.unravel_index(first, info.shape)) if info.shape else ()
+    return verdict, Detail(elements_changed=changed, max_abs_diff=largest if finite else None, first_index=index)
+
+
+def _elements(chunk: Buffer, dtype: str) -> NDArray[np.generic]:
+    """One array item an element; packed elements are unpacked, lowest bits first."""
+    bits = DTYPE_BITS[dtype]
+    if bits >= 8:
+        return np.frombuffer(chunk, element_type(dtype))
+    unpacked = np.unpackbits(np.frombuffer(chunk, np.uint8), bitorder="little").reshape(-1, bits)
+    return np.packbits(unpacked, axis=1, bitorder="little").reshape(-1).view(element_type(dtype))
+
+
+def _differ(old: NDArray[np.generic], new: NDArray[np.generic]) -> NDArray[np.bool_]:
+    raw = f"V{old.dtype.itemsize}" if old.dtype.itemsize not in (1, 2, 4, 8) else f"u{old.dtype.itemsize}"
+    return np.asarray(old.view(raw) != new.view(raw))
+
+
+def _values(array: NDArray[np.generic]) -> NDArray[np.generic]:
+    """Numbers that can be subtracted."""
+    return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)

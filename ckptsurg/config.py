@@ -1,0 +1,89 @@
+"""Edits to a folder's config.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .documents import parse_json
+from .errors import CheckpointError, Problem, SpecError, SystemFailure, shown
+from .spec import Spec
+
+__all__ = ["CONFIG_NAME", "edited_config"]
+
+CONFIG_NAME = "config.json"
+
+
+def edited_config(spec: Spec, folder: Path | None) -> tuple[bytes | None, list[str]]:
+    """The folder's config.json with the spec's edits.
+
+    Args:
+        spec: The spec.
+        folder: The base's folder; None for a lone file.
+
+    Returns:
+        The new content (None where the spec edits nothing), and notes.
+
+    Raises:
+        SpecError: if there is no config.json, or a path leads through something that is no object.
+        CheckpointError: if config.json is malformed.
+    """
+    if spec.config is None or not (spec.config.set or spec.config.unset):
+        return None, []
+    if folder is None:
+        message = "the base is a lone file and has no config.json; give the folder of the model, or leave `config` out"
+        raise SpecError(spec.label, [spec.problem(("config",), message)])
+    config = _read(folder / CONFIG_NAME)
+    if config is None:
+        message = f"{shown(folder)} has no config.json to edit"
+        raise SpecError(spec.label, [spec.problem(("config",), message)])
+    problems: list[Problem] = []
+    notes: list[str] = []
+    for position, path in enumerate(spec.config.unset):
+        parent, key = _parent(config, path, create=False)
+        if parent is None or key not in parent:
+            notes.append(f"config.unset: config.json has no {shown(path)}")
+        else:
+            del parent[key]
+        if path in spec.config.set:
+            problems.append(spec.problem(("config", "unset", position), f"{shown(path)} is set and unset"))
+    for path, value in spec.config.set.items():
+        parent, key = _parent(config, path, create=True)
+        if parent is None:
+            problems.append(spec.problem(("config", "set", path), f"{shown(path)}: a part of the path is no object"))
+        else:
+            parent[key] = value
+    if problems:
+        raise SpecError(spec.label, problems)
+    return json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n", notes
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as failure:
+        raise SystemFailure(f"{shown(path)}: cannot be read: {failure.strerror}") from None
+    try:
+        config = parse_json(raw.decode("utf-8"))
+    except ValueError as failure:
+        raise CheckpointError(f"{shown(path)}: malformed: {shown(failure)}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{shown(path)}: expected an object")
+    return config
+
+
+def _parent(config: dict[str, Any], path: str, *, create: bool) -> tuple[dict[str, Any] | None, str]:
+    """The object that a dotted path ends in, and the last key; None where there is no such object."""
+    if path in config:
+        return config, path
+    *parents, key = path.split(".")
+    place: Any = config
+    for part in parents:
+        if create and isinstance(place, dict):
+            place = place.setdefault(part, {})
+        else:
+            place = place.get(part) if isinstance(place, dict) else None
+    return (place if isinstance(place, dict) else None), key

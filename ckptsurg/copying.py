@@ -1,0 +1,47 @@
+"""The two operations that a rewrite is made of: copy this range of that file, and write these new bytes.
+
+Each byte is read once, and what is hashed is what is written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+
+from .checkpoints import Extent, read_extent
+from .tensors import CHUNK_BYTES, Buffer, Hasher
+
+__all__ = ["Writer", "write_all"]
+
+
+class Writer:
+    """Appends to a file, through one buffer.
+
+    Args:
+        descriptor: The file, open for writing and empty.
+        label: How messages call the source.
+        advance: Called with every number of bytes written.
+    """
+
+    def __init__(self, descriptor: int, label: str, advance: Callable[[int], None]) -> None:
+        self._descriptor, self._label, self._advance = descriptor, label, advance
+        self._buffer = bytearray(CHUNK_BYTES)
+
+    def copy_range(self, extent: Extent, hasher: Hasher) -> None:
+        """Copy a range of a file."""
+        self.write_new(read_extent(extent, self._label, self._buffer), hasher)
+
+    def write_new(self, chunks: Iterable[Buffer], hasher: Hasher | None = None) -> None:
+        """Write new bytes."""
+        for chunk in chunks:
+            if hasher is not None:
+                hasher.update(chunk)
+            write_all(self._descriptor, chunk)
+            self._advance(len(chunk))
+
+
+def write_all(descriptor: int, content: Buffer) -> None:
+    """Write everything: the system may take less than it is given."""
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view) :]

@@ -1,0 +1,149 @@
+"""Every error that ckptsurg raises on purpose.
+
+* CkptsurgError
+  + UsageError              2  a path that is not there, an output that is, arguments that do not fit
+  + DocumentError           2  a spec, manifest or name map that is not valid; holds every problem found
+    - SpecError
+    - ManifestError
+  + FreezeError             2  a live model that cannot be made to obey its manifest
+  + CheckpointError         3  a checkpoint that is malformed or unreadable
+  + SystemFailure           4  the system failed: disk full, permission, I/O
+  + FrozenWeightsChanged    1  a frozen tensor does not have its bits, or is about to lose them
+
+The number is the exit code of the command line. ``hint`` says what to do next.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+__all__ = [
+    "CheckpointError",
+    "CkptsurgError",
+    "DocumentError",
+    "FreezeError",
+    "FrozenWeightsChanged",
+    "ManifestError",
+    "Problem",
+    "SpecError",
+    "SystemFailure",
+    "UsageError",
+    "counted",
+    "enumerate_names",
+    "shown",
+]
+
+
+class CkptsurgError(Exception):
+    """Base of all errors of ckptsurg.
+
+    Attributes:
+        exit_code: What the command line exits with.
+        hint: The next step for the user, or None.
+    """
+
+    exit_code: ClassVar[int] = 2
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(CkptsurgError):
+    """A path that is not there, an output that is, or arguments that do not go together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong in a document.
+
+    Attributes:
+        path: Where in the document, such as ``reinit[0].init``; empty for the document itself.
+        message: What is wrong, and what would be right.
+        line: Line number in the file, from 1, where it is known.
+    """
+
+    path: str
+    message: str
+    line: int | None = None
+
+    def describe(self, label: str) -> str:
+        place = label if self.line is None else f"{label}:{self.line}"
+        return ": ".join(part for part in (place, self.path, self.message) if part)
+
+
+class DocumentError(CkptsurgError):
+    """A document that is not valid. All problems are reported at once.
+
+    Attributes:
+        problems: What is wrong, in the order of the document.
+    """
+
+    def __init__(self, label: str, problems: Sequence[Problem], *, hint: str | None = None) -> None:
+        ordered = sorted(problems, key=lambda problem: problem.line or 0)
+        super().__init__("\n".join(problem.describe(label) for problem in ordered), hint=hint)
+        self.problems = tuple(ordered)
+
+
+class SpecError(DocumentError):
+    """A spec that is not valid, or that does not fit the checkpoint."""
+
+
+class ManifestError(DocumentError):
+    """A manifest that is not valid, or that does not fit what it is used for."""
+
+
+class FreezeError(CkptsurgError):
+    """A live model that cannot be made to obey the manifest; nothing in it was changed."""
+
+
+class CheckpointError(CkptsurgError):
+    """A checkpoint that is malformed or unreadable."""
+
+    exit_code = 3
+
+
+class SystemFailure(CkptsurgError):
+    """The system failed: disk full, permission denied, I/O error."""
+
+    exit_code = 4
+
+
+class FrozenWeightsChanged(CkptsurgError):
+    """A frozen tensor does not have its bits any more, or the next step would move it."""
+
+    exit_code = 1
+
+
+_INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+
+
+def shown(text: object, limit: int = 200) -> str:
+    """Foreign text made safe to print: control and bidirectional characters escaped, length capped."""
+    raw = str(text)
+    if len(raw) > limit:
+        raw = raw[: limit - 1] + "…"
+    if raw.isascii() and raw.isprintable():
+        return raw
+    return "".join(
+        character.encode("unicode_escape").decode("ascii")
+        if unicodedata.category(character) in _INVISIBLE
+        else character
+        for character in raw
+    )
+
+
+def enumerate_names(names: Iterable[str], limit: int = 5) -> str:
+    """``a, b, c and 4 more``, each name made safe to print."""
+    listed = list(names)
+    text = ", ".join(shown(name) for name in listed[:limit])
+    rest = len(listed) - limit
+    return f"{text} and {rest} more" if rest > 0 else text
+
+
+def counted(count: int, thing: str = "tensor") -> str:
+    """``1 tensor``, ``2,048 tensors``."""
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"

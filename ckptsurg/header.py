@@ -1,0 +1,247 @@
+"""The safetensors container: its header, read strictly and written.
+
+Format: https://github.com/huggingface/safetensors#format. A file is the length of the header (unsigned, 64 bits,
+little-endian), the header (JSON, an object, padded with spaces), and the tensors' bytes without holes. The reader
+refuses more than the library of that name does: whatever two readers could understand differently.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .checkpoints import Extent, StoredFile
+from .documents import parse_json
+from .errors import CheckpointError, SystemFailure, UsageError, shown
+from .tensors import DTYPE_BITS, TensorInfo, digest_of
+
+__all__ = ["MAX_HEADER_BYTES", "OpenedFile", "encode_header", "open_file"]
+
+MAX_HEADER_BYTES = 100_000_000
+MAX_RANK = 64
+_LENGTH_BYTES = 8
+_UINT64 = 2**64
+
+#: What a file that is no safetensors file begins with, and what it is then.
+_OTHER_FORMATS = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "run `git lfs pull`"),
+    (b"PK\x03\x04", "a ZIP archive, such as PyTorch writes", "load it with torch and save it with safetensors.torch"),
+    (b"\x80\x02", "a pickle, such as old PyTorch writes", "load it with torch and save it with safetensors.torch"),
+    (b"GGUF", "a GGUF file", "convert it to safetensors"),
+    (b"\x89HDF\r\n", "an HDF5 file, such as Keras writes", None),
+    (b"<!DOCTYPE", "an HTML page", "the download was not the file; fetch it again"),
+    (b"<!doctype", "an HTML page", "the download was not the file; fetch it again"),
+    (b"<html", "an HTML page", "the download was not the file; fetch it again"),
+    (b"<?xml", "an XML document", "the download was not the file; fetch it again"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedFile:
+    """A file of weights after its header was read and checked.
+
+    Attributes:
+        file: The file.
+        tensors: Its tensors in the order of their bytes.
+        extents: Where their bytes are.
+    """
+
+    file: StoredFile
+    tensors: Mapping[str, TensorInfo]
+    extents: Mapping[str, Extent]
+
+
+def open_file(path: Path, name: str, flags: int = 0) -> OpenedFile:
+    """Open one file of weights and check its header.
+
+    Args:
+        path: Where it is.
+        name: What it is called inside its checkpoint.
+        flags: Further flags of ``open(2)``.
+    """
+    label = shown(path)
+    try:
+        # Without O_NONBLOCK, opening a FIFO waits for somebody to write to it.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(f"{label}: no such file") from None
+    except OSError as failure:
+        raise SystemFailure(f"{label}: cannot be opened: {failure.strerror}") from None
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
+            raise CheckpointError(f"{label}: is {kind}; expected a safetensors file")
+        header = _read_header(descriptor, status.st_size, label)
+        metadata, entries = _parse_header(header, label)
+        start = _LENGTH_BYTES + len(header)
+        file = StoredFile(name, descriptor, status, digest_of([header]), metadata)
+        tensors, extents = _check_layout(file, entries, start, label)
+    except OSError as failure:
+        os.close(descriptor)
+        raise SystemFailure(f"{label}: cannot be read: {failure.strerror}") from None
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return OpenedFile(file, tensors, extents)
+
+
+def _read_header(descriptor: int, size: int, label: str) -> bytes:
+    prefix = os.pread(descriptor, 64, 0)
+    if size < _LENGTH_BYTES:
+        hint = "the download or copy broke off; fetch it again" if size == 0 else None
+        raise CheckpointError(
+            f"{label}: not a safetensors file: expected at least {_LENGTH_BYTES} bytes, found {size}", hint=hint
+        )
+    length = int.from_bytes(prefix[:_LENGTH_BYTES], "little")
+    header = b""
+    if 0 < length <= min(MAX_HEADER_BYTES, size - _LENGTH_BYTES):
+        chunks = []
+        while (missing := length - sum(map(len, chunks))) > 0:
+            chunk = os.pread(descriptor, missing, _LENGTH_BYTES + length - missing)
+            if not chunk:
+                raise CheckpointError(f"{label}: was cut short while its header was read")
+            chunks.append(chunk)
+        header = b"".join(chunks)
+        if header.startswith(b"{"):
+            return header
+    # Only now that it cannot be a safetensors file is it asked what else it is: a header length of
+    # 60 begins with "<" and one of 640 with the first bytes of a pickle.
+    for magic, kind, hint in _OTHER_FORMATS:
+        if prefix.startswith(magic):
+            raise CheckpointError(f"{label}: is {kind}; expected a safetensors file", hint=hint)
+    if header:
+        found = "a byte order mark" if header.startswith(b"\xef\xbb\xbf") else f"0x{header[0]:02x}"
+        raise CheckpointError(f'{label}: the header must begin with "{{", found {found}')
+    if length == 0:
+        raise CheckpointError(f"{label}: the header length is 0; not a safetensors file")
+    if 0 < int.from_bytes(prefix[:_LENGTH_BYTES], "big") <= min(MAX_HEADER_BYTES, size - _LENGTH_BYTES):
+        raise CheckpointError(f"{label}: the header length is big-endian; the format has it little-endian")
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{label}: the header length is {length:,}; at most {MAX_HEADER_BYTES:,} is allowed", hint="is it safetensors?"
+        )
+    raise CheckpointError(
+        f"{label}: the header should have {length:,} bytes, but the file has {size - _LENGTH_BYTES:,} after its length",
+        hint="the download or copy broke off; fetch it again",
+    )
+
+
+def _parse_header(header: bytes, label: str) -> tuple[Mapping[str, str] | None, dict[str, Any]]:
+    body = header.rstrip(b" ")
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as failure:
+        raise CheckpointError(f"{label}: the header is not UTF-8: byte {failure.start:,} is 0x{body[failure.start]:02x}") from None
+    if not text.endswith("}"):
+        raise CheckpointError(f'{label}: the header must end with "}}" and spaces, found 0x{body[-1]:02x}')
+    try:
+        entries = parse_json(text, floats=False)
+    except ValueError as failure:
+        raise CheckpointError(f"{label}: the header is malformed: {failure}") from None
+    metadata = None
+    if "__metadata__" in entries:
+        metadata = entries.pop("__metadata__")
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise CheckpointError(f"{label}: __metadata__ must map text to text, found {shown(metadata, 60)}")
+    if not entries:
+        raise CheckpointError(f"{label}: the file holds no tensor")
+    return metadata, entries
+
+
+_FIELDS = {"dtype", "shape", "data_offsets"}
+
+
+def _entry(name: str, entry: Any, label: str) -> tuple[TensorInfo, int, int]:
+    """One tensor's dtype, shape and offsets, each exactly of the form that the format gives it."""
+
+    def refuse(message: str) -> NoReturn:
+        raise CheckpointError(f'{label}: tensor "{shown(name)}": {message}')
+
+    if not isinstance(entry, dict):
+        refuse(f"expected an object with dtype, shape and data_offsets, found {shown(entry, 60)}")
+    if entry.keys() != _FIELDS:
+        missing, unknown = sorted(_FIELDS - entry.keys()), sorted(entry.keys() - _FIELDS)
+        refuse(f"the field {missing[0]} is missing" if missing else f'unknown field "{shown(unknown[0])}"')
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        refuse(f"unknown dtype {shown(dtype, 40)}; the format has {', '.join(DTYPE_BITS)}")
+    if not isinstance(shape, list) or len(shape) > MAX_RANK:
+        refuse(f"the shape must be a list of at most {MAX_RANK} sizes, found {shown(shape, 60)}")
+    elements = 1
+    for size in shape:
+        if type(size) is not int or not 0 <= size < _UINT64:
+            refuse(f"a size must be a whole number from 0 to 2^64 - 1, found {shown(size, 40)}")
+        elements *= size or 1
+        if elements >= _UINT64:
+            refuse(f"the shape {shown(shape, 60)} has more than 2^64 - 1 elements")
+    if not isinstance(offsets, list) or len(offsets) != 2:
+        refuse(f"data_offsets must be two numbers, found {shown(offsets, 60)}")
+    begin, end = offsets
+    if type(begin) is not int or type(end) is not int or not 0 <= begin <= end:
+        refuse(f"data_offsets must be whole numbers, the begin not after the end, found {shown(offsets, 60)}")
+    info = TensorInfo(dtype, tuple(shape))
+    bits = info.elements * DTYPE_BITS[dtype]
+    if bits % 8:
+        refuse(f"{info.elements:,} elements of {dtype} do not fill whole bytes")
+    if end - begin != bits // 8:
+        refuse(f"{info} takes {bits // 8:,} bytes, but data_offsets {shown(offsets, 60)} span {end - begin:,}")
+    return info, begin, end
+
+
+def _check_layout(
+    file: StoredFile, entries: Mapping[str, Any], start: int, label: str
+) -> tuple[dict[str, TensorInfo], dict[str, Extent]]:
+    checked = [(name, *_entry(name, entry, label)) for name, entry in entries.items()]
+    checked.sort(key=lambda item: item[2:])
+    position = 0
+    for name, _, begin, end in checked:
+        if begin != position:
+            fault = "a hole" if begin > position else "an overlap"
+            raise CheckpointError(
+                f'{label}: {fault} before tensor "{shown(name)}": expected its data at {position:,}, found {begin:,}'
+            )
+        position = end
+    available = file.size - start
+    if available != position:
+        verb, hint = ("is cut short", "fetch it again") if available < position else ("has trailing bytes", None)
+        raise CheckpointError(
+            f"{label}: the file {verb}: expected {position:,} bytes of data, found {available:,}", hint=hint
+        )
+    tensors = {name: info for name, info, _, _ in checked}
+    extents = {name: Extent(file, start + begin, end - begin) for name, _, begin, end in checked}
+    return tensors, extents
+
+
+def encode_header(
+    tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None, page: int | None = None, page_bytes: int = 4096
+) -> bytes:
+    """The length and header of a file whose tensors follow one another in the order given.
+
+    Args:
+        tensors: The tensors, in the order of their bytes.
+        metadata: ``__metadata__``, or None for none.
+        page: Where in a page the data should begin, in bytes and a multiple of 8; None for the next multiple of 8.
+        page_bytes: Size of a page, in bytes.
+
+    Raises:
+        CheckpointError: if the header would be larger than the format allows.
+    """
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    position = 0
+    for name, info in tensors.items():
+        end = position + info.nbytes
+        entries[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [position, end]}
+        position = end
+    body = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    start = _LENGTH_BYTES + len(body)
+    padding = -start % 8 if page is None else (page - start) % page_bytes
+    length = len(body) + padding
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(f"the output's header would have {length:,} bytes; at most {MAX_HEADER_BYTES:,} is allowed")
+    return length.to_bytes(_LENGTH_BYTES, "little") + body + b" " * padding

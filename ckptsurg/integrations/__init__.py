@@ -1,0 +1,1 @@
+"""Frameworks that train: one file each, over the same core."""

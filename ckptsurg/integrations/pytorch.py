@@ -1,0 +1,365 @@
+"""PyTorch: make a live model obey a manifest, and watch it while it trains."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ..errors import FreezeError, FrozenWeightsChanged, UsageError, enumerate_names, shown
+from ..manifest import Manifest
+from ..naming import Renaming, align, renamer
+from ..report import Report
+from ..tensors import TensorSource
+from ..verifying import verify
+from .torch_tensors import TorchTensors, live_tensors, unreadable
+
+__all__ = ["FrozenModel", "Guard", "freeze", "source_of"]
+
+
+def source_of(model: nn.Module) -> TorchTensors:
+    """A live model as a TensorSource, under its own names."""
+    return TorchTensors(live_tensors(model), f"the model ({type(model).__name__})")
+
+
+def freeze(
+    model: nn.Module,
+    manifest: Manifest,
+    names: Renaming | None = None,
+    extra: Literal["keep", "error"] = "keep",
+    *,
+    allow_widened: bool = False,
+) -> FrozenModel:
+    """Make a model obey a manifest. Call it before the optimizer is built.
+
+    Frozen parameters get ``requires_grad = False`` and lose their gradient. Norm layers whose statistics are frozen
+    stay in evaluation mode through every later ``model.train()``. Training is only ever turned off, never on.
+
+    Args:
+        model: A model that holds the manifest's weights.
+        manifest: What must hold.
+        names: From the model's names to the manifest's, where they differ: a mapping or a function.
+        extra: Whether parameters that the manifest lacks are left as they are, or refused.
+        allow_widened: Whether a frozen tensor may be in a wider dtype, if its values are the same.
+
+    Raises:
+        FreezeError: with the model unchanged, if a frozen tensor is absent, has another dtype, shape or other bits,
+            cannot be read, or shares storage with a trainable one.
+        ManifestError: if nothing is frozen.
+    """
+    manifest.require_frozen()
+    live = live_tensors(model)
+    partners = align(manifest.tensors, renamer(names, None, live))
+    problems = list(_mismatches(manifest, live, partners, allow_widened=allow_widened))
+    problems = problems or list(_entangled(manifest, live, partners))
+    unknown = _extra_parameters(live, set(partners.values()))
+    if extra == "error" and unknown:
+        problems.append(f"parameters that the manifest lacks: {enumerate_names(unknown)}")
+    if problems:
+        shown_problems = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise FreezeError(
+            "\n  ".join([f"the model ({type(model).__name__}) cannot be frozen:", *shown_problems]),
+            hint="load the published weights into the model, then freeze it",
+        )
+    if unknown:
+        warnings.warn(
+            f"left as they are, the manifest lacks them: {enumerate_names(unknown)}", UserWarning, stacklevel=2
+        )
+    return FrozenModel(model, manifest, names, unknown)
+
+
+# --- What is refused --------------------------------------------------------------------------------
+
+
+def _mismatches(
+    manifest: Manifest, live: dict[str, torch.Tensor], partners: dict[str, str], *, allow_widened: bool
+) -> Iterator[str]:
+    """Frozen tensors that the model does not hold as the manifest records them."""
+    for name in manifest.frozen:
+        if name in partners and (reason := unreadable(live[partners[name]])):
+            yield f'"{shown(name)}" {reason}'
+            del partners[name]
+        elif name not in partners:
+            yield f'"{shown(name)}" is not in the model{_moved_to(name, live)}'
+    report = verify(manifest, TorchTensors({new: live[old] for new, old in partners.items()}, "the model"))
+    for difference in report.drifted:
+        if difference.name not in partners or (difference.verdict == "dtype_only" and allow_widened):
+            continue
+        if difference.verdict == "changed":
+            yield f'"{shown(difference.name)}" has other bits: not loaded, or from another file'
+        elif difference.verdict == "dtype_only":
+            yield f"{difference.describe()}; `allow_widened=True` accepts it"
+        else:
+            yield difference.describe()
+
+
+def _moved_to(name: str, live: dict[str, torch.Tensor]) -> str:
+    """Where a reparametrisation has put the tensor."""
+    module, _, leaf = name.rpartition(".")
+    start = f"{module}." if module else ""
+    for candidate in (f"{start}parametrizations.{leaf}.original", f"{start}parametrizations.{leaf}.original0"):
+        if candidate in live:
+            return f": it is reparametrised as {shown(candidate)}; freeze before, or without, the reparametrisation"
+    for candidate in (f"{start}{leaf}_orig", f"{start}{leaf}_v"):
+        if candidate in live:
+            return f": it is reparametrised as {shown(candidate)}; freeze before, or without, the reparametrisation"
+    return ""
+
+
+def _entangled(manifest: Manifest, live: dict[str, torch.Tensor], partners: dict[str, str]) -> Iterator[str]:
+    """Frozen tensors that share memory with one that trains."""
+    manifest_name = {old: new for new, old in partners.items()}
+    in_storage: dict[int, list[str]] = defaultdict(list)
+    for name, tensor in live.items():
+        if not unreadable(tensor) and tensor.numel():
+            in_storage[tensor.untyped_storage().data_ptr()].append(name)
+    for sharing in in_storage.values():
+        frozen = [name for name in sharing if name in manifest_name and manifest.tensors[manifest_name[name]].frozen]
+        for one in frozen:
+            for other in sharing:
+                if other in frozen or not _overlap(live[one], live[other]):
+                    continue
+                # A second name for the very same parameter is no second parameter.
+                declared = other in manifest_name
+                if declared or (live[other] is not live[one] and live[other].requires_grad):
+                    yield (
+                        f'"{shown(one)}" is frozen and shares its storage with "{shown(other)}", which trains: '
+                        "they are tied; freeze both or neither"
+                    )
+
+
+def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    (a, b), (c, d) = _span(one), _span(other)
+    return a < d and c < b
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """First byte of a tensor in its storage, and the one after its last."""
+    start = tensor.storage_offset() * tensor.element_size()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.element_size()
+
+
+def _extra_parameters(live: dict[str, torch.Tensor], known: set[str]) -> tuple[str, ...]:
+    """Parameters that have no partner in the manifest, and that are no second name of one that has."""
+    held = {id(live[name]) for name in known}
+    return tuple(
+        name
+        for name, tensor in live.items()
+        if name not in known and isinstance(tensor, nn.Parameter) and id(tensor) not in held
+    )
+
+
+# --- The frozen model -------------------------------------------------------------------------------
+
+
+class _StaysInEvaluation:
+    """Takes the place of a module's ``train`` method: whatever the mode, the module itself evaluates.
+
+    It is bound to this one module. A copy of the module, by pickle or deepcopy, gets its class's own method.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.was_training = module.training
+        self.replaced = module.__dict__.get("train")
+
+    def hold(self) -> None:
+        self.module.training = False
+        self.module.__dict__["train"] = self
+
+    def release(self) -> None:
+        del self.module.__dict__["train"]
+        if self.replaced is not None:
+            self.module.__dict__["train"] = self.replaced
+        self.module.training = self.was_training
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        method = self.replaced or type(self.module).train.__get__(self.module)
+        method(mode)
+        self.module.training = False
+        return self.module
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.module, "train")
+
+
+def _moves_in_training(module: nn.Module) -> bool:
+    """Whether the forward pass writes to the module's buffers in training mode, and only then."""
+    return isinstance(module, _NormBase) or type(module).__name__ == "_SpectralNorm"
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a parameter was like before the freeze."""
+
+    parameter: nn.Parameter
+    requires_grad: bool
+    grad: torch.Tensor | None
+
+
+class FrozenModel:
+    """A model that obeys a manifest, until it is released.
+
+    Attributes:
+        model: The model.
+        manifest: What it obeys.
+        extra: Parameters that the manifest lacks; they are left as they were.
+    """
+
+    def __init__(
+        self, model: nn.Module, manifest: Manifest, names: Renaming | None, extra: tuple[str, ...]
+    ) -> None:
+        self.model, self.manifest, self.extra = model, manifest, extra
+        self._names = names
+        self._found: list[_Found] = []
+        self._held: list[_StaysInEvaluation] = []
+        buffers: set[int] = set()
+        for _, tensor in self.frozen_tensors():
+            if isinstance(tensor, nn.Parameter):
+                self._found.append(_Found(tensor, tensor.requires_grad, tensor.grad))
+                tensor.requires_grad_(False)
+                tensor.grad = None
+            else:
+                buffers.add(id(tensor))
+        for module in model.modules():
+            if _moves_in_training(module) and any(id(buffer) in buffers for buffer in module._buffers.values()):
+                self._held.append(_StaysInEvaluation(module))
+                self._held[-1].hold()
+
+    def frozen_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The frozen tensors that the model has now, by the model's names; looked up afresh at every call."""
+        live = live_tensors(self.model)
+        partners = align(self.manifest.tensors, renamer(self._names, None, live))
+        for name in self.manifest.frozen:
+            if name in partners:
+                yield partners[name], live[partners[name]]
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters that train: what an optimizer is built from."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def verify(self, baseline: TensorSource | None = None) -> Report:
+        """Prove that every frozen tensor of the live model has its bits.
+
+        Args:
+            baseline: The published tensors; with them the report says where tensors differ.
+        """
+        return verify(
+            self.manifest, source_of(self.model), baseline=baseline, names=self._names, allow_widened=True
+        )
+
+    def guard(self, optimizer: torch.optim.Optimizer, *, every: int | None = None) -> Guard:
+        """Watch the steps of an optimizer. Use the guard in a ``with``, or call its ``remove()``.
+
+        Args:
+            optimizer: The optimizer that trains the model.
+            every: Prove all digests after every so many steps; None proves them once, at the end of the ``with``.
+        """
+        return Guard(self, optimizer, every)
+
+    def moving_modules(self) -> list[str]:
+        """Norm layers with frozen statistics that something put back into training mode."""
+        held = {id(hold.module) for hold in self._held}
+        return [name for name, module in self.model.named_modules() if id(module) in held and module.training]
+
+    def release(self) -> None:
+        """Give the model back as it was found; its weights stay as they are."""
+        for hold in reversed(self._held):
+            hold.release()
+        for found in self._found:
+            found.parameter.requires_grad_(found.requires_grad)
+            if found.parameter.grad is None:
+                found.parameter.grad = found.grad
+        self._held, self._found = [], []
+
+
+class Guard:
+    """Watches an optimizer. Before each step it looks at flags and gradients, without reading a tensor.
+
+    Attributes:
+        steps: Steps seen.
+        seconds: Time spent watching, in seconds.
+    """
+
+    def __init__(self, frozen: FrozenModel, optimizer: torch.optim.Optimizer, every: int | None = None) -> None:
+        if every is not None and every < 1:
+            raise UsageError(f"every: expected at least 1, found {every}")
+        self._frozen, self._every = frozen, every
+        self.steps = 0
+        self.seconds = 0.0
+        self._handles = [
+            optimizer.register_step_pre_hook(self._timed(self._before)),
+            optimizer.register_step_post_hook(self._timed(self._after)),
+        ]
+
+    def _timed(self, check: Callable[[], None]) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            begun = time.perf_counter()
+            try:
+                check()
+            finally:
+                self.seconds += time.perf_counter() - begun
+
+        return hook
+
+    def _before(self) -> None:
+        """Refuse a step that would move a frozen tensor."""
+        reenabled, with_gradient = [], []
+        for name, tensor in self._frozen.frozen_tensors():
+            if tensor.requires_grad:
+                reenabled.append(name)
+            elif tensor.grad is not None:
+                with_gradient.append(name)
+        if reenabled:
+            raise FrozenWeightsChanged(
+                f"about to change {enumerate_names(reenabled)}; cause: reenabled (requires_grad was turned on again)",
+                hint="freeze after whatever turned it on, and build the optimizer after that",
+            )
+        if with_gradient:
+            raise FrozenWeightsChanged(
+                f"about to change {enumerate_names(with_gradient)}; cause: zero_grad_not_none (a gradient is set)",
+                hint="freeze before the backward pass; optimizer.zero_grad(set_to_none=True) clears gradients",
+            )
+        if moving := self._frozen.moving_modules():
+            raise FrozenWeightsChanged(
+                f"the running statistics of {enumerate_names(moving)} move: put back into training mode; "
+                "cause: batchnorm_stats",
+                hint="call train() on the module instead of setting its `training`",
+            )
+
+    def _after(self) -> None:
+        self.steps += 1
+        if self._every is not None and self.steps % self._every == 0:
+            self._frozen.verify().raise_if_changed()
+
+    def cost(self) -> str:
+        """What watching costs, in words."""
+        return f"{self.seconds * 1e3:.1f} ms over {self.steps:,} steps"
+
+    def remove(self) -> None:
+        """Stop watching."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+        if error is None:
+            begun = time.perf_counter()
+            report = self._frozen.verify()
+            self.seconds += time.perf_counter() - begun
+            report.raise_if_changed()

@@ -1,0 +1,86 @@
+"""Tensors of torch as a TensorSource: the bytes of a live model or of a state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..errors import FreezeError, shown
+from ..tensors import CHUNK_BYTES, TensorInfo
+
+__all__ = ["TorchTensors", "live_tensors", "unreadable"]
+
+_DTYPES = {
+    getattr(torch, name): dtype
+    for name, dtype in {
+        "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "uint16": "U16", "int32": "I32",
+        "uint32": "U32", "int64": "I64", "uint64": "U64", "float16": "F16", "bfloat16": "BF16", "float32": "F32",
+        "float64": "F64", "complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+        "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ", "float8_e8m0fnu": "F8_E8M0",
+    }.items()
+    if hasattr(torch, name)
+}  # fmt: skip
+
+
+class TorchTensors:
+    """A TensorSource over tensors of torch.
+
+    Attributes:
+        label: How messages call it.
+        tensors: Dtype and shape by name; a dtype that safetensors lacks has torch's own name.
+    """
+
+    def __init__(self, given: Mapping[str, torch.Tensor], label: str) -> None:
+        self._given = dict(given)
+        self.label = label
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return {
+            name: TensorInfo(_DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+            for name, tensor in self._given.items()
+        }
+
+    def read(self, name: str) -> Iterator[memoryview]:
+        tensor = self._given[name]
+        if reason := unreadable(tensor):
+            raise FreezeError(f'{self.label}: "{shown(name)}" {reason}')
+        if not tensor.numel():
+            return
+        plain = tensor.detach().resolve_conj().resolve_neg()
+        raw = plain.cpu().contiguous().reshape(-1).view(torch.uint8)
+        view = memoryview(raw.numpy())
+        for start in range(0, len(view), CHUNK_BYTES):
+            yield view[start : start + CHUNK_BYTES]
+
+
+def unreadable(tensor: torch.Tensor) -> str | None:
+    """Why a tensor has no bytes to compare; None if it has."""
+    if tensor.is_meta:
+        return "is on the meta device: it has no values yet; load the weights first"
+    if tensor.is_quantized:
+        return f"is quantised ({tensor.dtype}); its bytes are not the checkpoint's"
+    if tensor.layout is not torch.strided:
+        return f"has the layout {tensor.layout}; only dense tensors are compared"
+    if is_traceable_wrapper_subclass(tensor):
+        return f"is a {type(tensor).__name__}, which keeps its values in other tensors"
+    if tensor.dtype not in _DTYPES:
+        return f"is {tensor.dtype}, which safetensors does not have"
+    return None
+
+
+def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by qualified name, once for each name that a shared one has."""
+    found: dict[str, torch.Tensor] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found[prefix + name] = parameter
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                found[prefix + name] = buffer
+    return found

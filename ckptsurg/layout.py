@@ -1,0 +1,272 @@
+"""Where each tensor of an output goes: which file, in which order, at which offset. Pure: nothing is read or written.
+
+File systems that share extents do so for ranges whose offsets agree with the source's modulo the block size. So
+copied ranges keep the phase that they have in the base, as long as the header's padding and the tensors that are
+free to move can bring that about; the format allows no holes. Drawn, added and small tensors are free to move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from .checkpoints import Checkpoint, Extent
+from .header import encode_header
+from .plan import PlannedTensor
+
+__all__ = ["OutputFile", "lay_out"]
+
+#: What file systems share extents in units of, in bytes.
+PAGE = 4096
+_STARTS_TRIED = 8
+_FILLERS_TRIED = 64
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """One file of an output.
+
+    Attributes:
+        name: Path inside the output folder; of a lone file, its own name.
+        tensors: Its tensors, in the order of their bytes.
+        header: Length and header, as they are written.
+    """
+
+    name: str
+    tensors: Sequence[PlannedTensor]
+    header: bytes
+
+    @property
+    def size(self) -> int:
+        """Size in bytes."""
+        return len(self.header) + sum(tensor.info.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The files of weights of an output.
+
+    Attributes:
+        files: In the order of their names.
+        index: Name of the index, where the output has one.
+        warnings: Metadata that two shards had and that could not both be kept.
+    """
+
+    files: Sequence[OutputFile]
+    index: str | None
+    warnings: Sequence[str] = field(default=())
+
+    @property
+    def size(self) -> int:
+        """Size of all files, in bytes."""
+        return sum(file.size for file in self.files)
+
+
+def lay_out(
+    tensors: Sequence[PlannedTensor], base: Checkpoint, *, single: str | None, max_shard_size: int | None
+) -> Layout:
+    """Give every tensor of an output its place.
+
+    Args:
+        tensors: The tensors of the output.
+        base: Where copied tensors come from.
+        single: The name of the one file that all tensors go to; None for a folder.
+        max_shard_size: Largest size of a shard's tensors, in bytes; None keeps the base's shards.
+    """
+    ordered = sorted(tensors, key=lambda tensor: _position(tensor, base))
+    merged, warnings = _merged_metadata(base)
+    if single is not None:
+        return Layout([_file(single, ordered, merged, base.extents)], None, warnings)
+    if max_shard_size is not None:
+        shards = _split(ordered, max_shard_size)
+        stem = "model" if base.index is None else base.index.name.removesuffix(".safetensors.index.json")
+        names = [f"{stem}-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
+        index = f"{stem}.safetensors.index.json" if len(shards) > 1 else None
+        files = [
+            _file(name if index else f"{stem}.safetensors", shard, merged, base.extents)
+            for name, shard in zip(names, shards, strict=True)
+        ]
+        return Layout(files, index, warnings)
+    if base.index is None:
+        return Layout([_file("model.safetensors", ordered, merged, base.extents)], None)
+    by_file: dict[str, list[PlannedTensor]] = {file.name: [] for file in base.files}
+    added: list[PlannedTensor] = []
+    for tensor in ordered:
+        extent = base.extents.get(tensor.name) if tensor.action != "add" else None
+        (by_file[extent.file.name] if extent else added).append(tensor)
+    by_file[max((name for name, shard in by_file.items() if shard), default=base.files[-1].name)] += added
+    metadata = {file.name: file.metadata for file in base.files}
+    files = [_file(name, shard, metadata[name], base.extents) for name, shard in by_file.items() if shard]
+    return Layout(files, base.index.name)
+
+
+def _position(tensor: PlannedTensor, base: Checkpoint) -> tuple[bool, str, int, int]:
+    """Order of the base's bytes; added tensors after them in the order of the spec."""
+    extent = base.extents.get(tensor.name) if tensor.action != "add" else None
+    return (True, "", 0, 0) if extent is None else (False, extent.file.name, extent.offset, extent.length)
+
+
+def _merged_metadata(base: Checkpoint) -> tuple[Mapping[str, str] | None, list[str]]:
+    """The metadata of all files in one; where two say different things, the first stands."""
+    merged: dict[str, str] = {}
+    clashes: list[str] = []
+    for file in base.files:
+        for key, value in (file.metadata or {}).items():
+            if merged.setdefault(key, value) != value:
+                clashes.append(f"metadata {key!a}: {file.name} says {value!a}; kept {merged[key]!a}")
+    return (merged if any(file.metadata is not None for file in base.files) else None), clashes
+
+
+def _split(tensors: Iterable[PlannedTensor], limit: int) -> list[list[PlannedTensor]]:
+    """Shards of at most ``limit`` bytes each; a tensor that is larger has one for itself."""
+    shards: list[list[PlannedTensor]] = []
+    filled = 0
+    for tensor in tensors:
+        size = tensor.info.nbytes
+        if not shards or filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += size
+    return shards
+
+
+def _file(
+    name: str,
+    tensors: Sequence[PlannedTensor],
+    metadata: Mapping[str, str] | None,
+    extents: Mapping[str, Extent],
+) -> OutputFile:
+    ordered, page = arrange(tensors, extents)
+    return OutputFile(name, ordered, encode_header({tensor.name: tensor.info for tensor in ordered}, metadata, page, PAGE))
+
+
+# --- Order ------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Run:
+    """Copied tensors that lie side by side in the base.
+
+    Attributes:
+        tensors: In the order of their bytes.
+        start: Offset of the first in its file.
+        end: Offset after the last.
+    """
+
+    tensors: list[PlannedTensor]
+    start: int
+    end: int
+
+    @property
+    def shareable(self) -> int:
+        """Bytes in whole pages."""
+        return max(0, self.end // PAGE - -(-self.start // PAGE)) * PAGE
+
+
+@dataclass(slots=True)
+class _Chain:
+    """Runs and fillers, one behind the other so that every run keeps its phase."""
+
+    tensors: list[PlannedTensor]
+    start: int
+    end: int
+    shared: int
+
+
+def arrange(
+    tensors: Sequence[PlannedTensor], extents: Mapping[str, Extent]
+) -> tuple[list[PlannedTensor], int | None]:
+    """The order of a file's tensors, every one aligned to its dtype, as many copied ranges as possible in phase.
+
+    Args:
+        tensors: The file's tensors, copied ones in the order of the base.
+        extents: Where the base has them.
+
+    Returns:
+        The tensors in order, and where in a page the data begins (None: no copied range cares).
+    """
+    runs = [run for run in _runs(tensors, extents) if run.shareable]
+    starts = sorted((run for run in runs if run.start % 8 == 0), key=lambda run: (-run.shareable, run.start))
+    in_runs = {tensor.name for run in runs for tensor in run.tensors}
+    free = [tensor for tensor in tensors if tensor.name not in in_runs]
+    chains = [_chain(start, runs, free) for start in starts[:_STARTS_TRIED]]
+    if not chains:
+        return _aligned(tensors), None
+    best = max(chains, key=lambda chain: chain.shared)
+    placed = {tensor.name for tensor in best.tensors}
+    loose = [tensor for tensor in tensors if tensor.name not in placed]
+    # What follows the chain begins with the widest dtype; the chain gives up its tail until that is aligned.
+    while best.tensors and loose and best.end % max(tensor.info.alignment for tensor in loose):
+        tensor = best.tensors.pop()
+        best.end -= tensor.info.nbytes
+        loose.append(tensor)
+    if not best.tensors:
+        return _aligned(tensors), None
+    return best.tensors + _aligned(loose), best.start % PAGE
+
+
+def _aligned(tensors: Iterable[PlannedTensor]) -> list[PlannedTensor]:
+    """Widest dtype first: every size is a multiple of its own alignment, so all are aligned."""
+    return sorted(tensors, key=lambda tensor: -tensor.info.alignment)
+
+
+def _runs(tensors: Iterable[PlannedTensor], extents: Mapping[str, Extent]) -> list[_Run]:
+    runs: list[_Run] = []
+    last: Extent | None = None
+    for tensor in tensors:
+        extent = extents[tensor.name] if tensor.action == "copy" else None
+        if extent is None or not extent.length or extent.offset % tensor.info.alignment:
+            continue
+        end = extent.offset + extent.length
+        if last is not None and last.file is extent.file and runs[-1].end == extent.offset:
+            runs[-1].tensors.append(tensor)
+            runs[-1].end = end
+        else:
+            runs.append(_Run([tensor], extent.offset, end))
+        last = extent
+    return runs
+
+
+def _chain(first: _Run, runs: Sequence[_Run], free: Sequence[PlannedTensor]) -> _Chain:
+    """The first run, and behind it every other that can be brought into phase."""
+    chain = _Chain(list(first.tensors), first.start, first.end, first.shareable)
+    fillers = sorted((tensor for tensor in free if tensor.info.nbytes), key=lambda tensor: tensor.action == "copy")
+    for run in runs:
+        if run is first:
+            continue
+        between = _fill((run.start - chain.end) % PAGE, chain.end, fillers[:_FILLERS_TRIED])
+        if between is None:
+            continue
+        used = {tensor.name for tensor in between}
+        fillers = [tensor for tensor in fillers if tensor.name not in used] if used else fillers
+        chain.tensors += [*between, *run.tensors]
+        chain.end += sum(tensor.info.nbytes for tensor in between) + run.end - run.start
+        chain.shared += run.shareable
+    return chain
+
+
+def _fill(gap: int, position: int, fillers: Sequence[PlannedTensor]) -> list[PlannedTensor] | None:
+    """Fillers that together take ``gap`` bytes modulo a page, aligned behind a position; None where there are none.
+
+    A subset sum: bit ``r`` of ``reached[k]`` says whether some of the first ``k`` fillers leave ``r``.
+    """
+    if gap == 0:
+        return []
+    usable = [tensor for tensor in fillers if position % tensor.info.alignment == 0]
+    everything = (1 << PAGE) - 1
+    reached = [1]
+    for tensor in usable:
+        shift = tensor.info.nbytes % PAGE
+        bits = reached[-1]
+        reached.append(bits | (bits << shift & everything) | bits >> (PAGE - shift))
+        if reached[-1] >> gap & 1:
+            break
+    if not reached[-1] >> gap & 1:
+        return None
+    chosen: list[PlannedTensor] = []
+    for k in range(len(reached) - 1, 0, -1):
+        if not reached[k - 1] >> gap & 1:
+            chosen.append(usable[k - 1])
+            gap = (gap - usable[k - 1].info.nbytes) % PAGE
+    return _aligned(chosen)

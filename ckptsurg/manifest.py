@@ -1,0 +1,216 @@
+"""The manifest: the document that says, for every tensor of an output, its digest and whether it is frozen."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeAlias
+
+from pydantic import Field, StringConstraints, ValidationError
+
+from .documents import Document, Model, Text, canonical_json, parse_json, read_bytes
+from .errors import ManifestError, Problem, enumerate_names, shown
+from .tensors import DTYPE_BITS, TensorInfo, digest_of
+
+__all__ = ["BaseFile", "Manifest", "TensorRecord", "load_manifest", "manifest_path"]
+
+MAX_MANIFEST_BYTES = 1 << 30
+
+DigestText: TypeAlias = Annotated[str, StringConstraints(pattern=r"^(blake3|sha256):[0-9a-f]{64}$")]
+Origin: TypeAlias = Literal["copied", "reinitialised", "added"]
+
+
+class TensorRecord(Model):
+    """One tensor of the output.
+
+    Attributes:
+        dtype: Its dtype, as the file spells it.
+        shape: Size of each dimension.
+        frozen: Whether training must not change it.
+        origin: Where its bytes come from.
+        digest: Digest of its raw little-endian bytes.
+    """
+
+    dtype: str
+    shape: tuple[Annotated[int, Field(ge=0)], ...]
+    frozen: bool
+    origin: Origin
+    digest: DigestText
+
+    @property
+    def info(self) -> TensorInfo:
+        return TensorInfo(self.dtype, self.shape)
+
+
+class Tool(Model):
+    name: str = "ckptsurg"
+    version: str = Field(default_factory=lambda: version("ckptsurg"))
+
+
+class SpecIdentity(Model):
+    """Which spec the output was made to: its name, and the digest of its canonical JSON."""
+
+    name: str | None
+    digest: DigestText
+
+
+class BaseFile(Model):
+    """A file of the base: its name, its size in bytes, and the digest of its header's JSON."""
+
+    file: str
+    size: Annotated[int, Field(ge=0)]
+    header_digest: DigestText
+
+
+class Manifest(Document):
+    """What an output is, and what of it must hold after training.
+
+    Attributes:
+        tool: What made it.
+        spec: To which spec.
+        base: From which files.
+        root: Digest over all tensors: pins the output as published.
+        frozen_root: Digest over the frozen tensors: pins what must hold after training.
+        counts: How many tensors are frozen, trainable, reinitialised, added and dropped.
+        tensors: Every tensor of the output by name.
+        tied: Groups of frozen tensors of two or more dimensions with equal digests.
+        dropped: Names of the base that the output does not have.
+    """
+
+    error = ManifestError
+
+    version: Literal[1] = Field(description="Version of this document's form.")
+    tool: Tool
+    spec: SpecIdentity
+    base: tuple[BaseFile, ...]
+    root: DigestText
+    frozen_root: DigestText
+    counts: dict[str, int]
+    tensors: dict[str, TensorRecord]
+    tied: tuple[tuple[str, ...], ...] = ()
+    dropped: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        tensors: Mapping[str, TensorRecord],
+        *,
+        spec: SpecIdentity,
+        base: Iterable[BaseFile],
+        dropped: Iterable[str],
+        algorithm: str,
+    ) -> Self:
+        """The manifest of an output; everything that follows from the tensors is computed."""
+        ordered = {name: tensors[name] for name in sorted(tensors, key=str.encode)}
+        gone = tuple(sorted(dropped, key=str.encode))
+        return cls(
+            version=1,
+            tool=Tool(),
+            spec=spec,
+            base=tuple(base),
+            root=root_of(ordered, algorithm),
+            frozen_root=root_of({name: record for name, record in ordered.items() if record.frozen}, algorithm),
+            counts=_counts(ordered, gone),
+            tensors=ordered,
+            tied=_tied(ordered),
+            dropped=gone,
+        )
+
+    @property
+    def frozen(self) -> dict[str, TensorRecord]:
+        """The tensors that training must not change."""
+        return {name: record for name, record in self.tensors.items() if record.frozen}
+
+    @property
+    def algorithm(self) -> str:
+        """The digest algorithm of the roots."""
+        return self.root.partition(":")[0]
+
+    def to_bytes(self) -> bytes:
+        """The document as it is published."""
+        return self.to_json().encode() + b"\n"
+
+    def require_frozen(self, label: str = "manifest") -> None:
+        """Raise ManifestError if nothing is frozen."""
+        if not any(record.frozen for record in self.tensors.values()):
+            raise ManifestError(label, [Problem("tensors", "nothing is frozen: there is nothing to prove")])
+
+
+def root_of(tensors: Mapping[str, TensorRecord], algorithm: str) -> str:
+    """Digest of one compact JSON array a line, ``[name, dtype, shape, frozen, digest]``, sorted by the name's UTF-8."""
+    lines = (
+        canonical_json([name, record.dtype, list(record.shape), record.frozen, record.digest]) + b"\n"
+        for name, record in sorted(tensors.items(), key=lambda item: item[0].encode())
+    )
+    return digest_of([b"".join(lines)], algorithm)
+
+
+def _counts(tensors: Mapping[str, TensorRecord], dropped: tuple[str, ...]) -> dict[str, int]:
+    records = tensors.values()
+    return {
+        "frozen": sum(record.frozen for record in records),
+        "trainable": sum(not record.frozen for record in records),
+        "reinitialised": sum(record.origin == "reinitialised" for record in records),
+        "added": sum(record.origin == "added" for record in records),
+        "dropped": len(dropped),
+    }
+
+
+def _tied(tensors: Mapping[str, TensorRecord]) -> tuple[tuple[str, ...], ...]:
+    groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for name, record in tensors.items():
+        if record.frozen and len(record.shape) >= 2:
+            groups[record.dtype, record.shape, record.digest].append(name)
+    return tuple(tuple(names) for names in groups.values() if len(names) > 1)
+
+
+def manifest_path(output: Path) -> Path:
+    """Where the manifest of an output stands: ``x.freeze.json`` beside a file, ``freeze.json`` in a folder."""
+    return output.with_suffix(".freeze.json") if output.name.endswith(".safetensors") else output / "freeze.json"
+
+
+def load_manifest(path: str | Path) -> Manifest:
+    """Read a manifest and check that it agrees with itself.
+
+    Args:
+        path: The document; or an output folder that holds one.
+
+    Raises:
+        ManifestError: if it is not valid, or its roots or counts do not match its tensors.
+        UsageError: if there is no such file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "freeze.json"
+    raw, label = read_bytes(path, MAX_MANIFEST_BYTES, ManifestError), shown(path)
+    try:
+        text = Text(label, parse_json(raw.decode("utf-8"), floats=False))
+    except UnicodeDecodeError as failure:
+        raise ManifestError(label, [Problem("", f"not UTF-8: byte {failure.start:,}")]) from None
+    except ValueError as failure:
+        raise ManifestError(label, [Problem("", str(failure))]) from None
+    manifest = Manifest.from_text(text)
+    problems = list(_contradictions(manifest))
+    if problems:
+        raise ManifestError(label, problems, hint="the manifest was edited or damaged; take the published one")
+    return manifest
+
+
+def _contradictions(manifest: Manifest) -> Iterable[Problem]:
+    for name, record in manifest.tensors.items():
+        if record.dtype not in DTYPE_BITS:
+            yield Problem(f"tensors.{shown(name)}.dtype", f'unknown dtype "{shown(record.dtype)}"')
+    digests = {"root": manifest.tensors, "frozen_root": manifest.frozen}
+    for key, tensors in digests.items():
+        found, written = root_of(tensors, manifest.algorithm), getattr(manifest, key)
+        if found != written:
+            yield Problem(key, f"does not match the tensors: the manifest says {written}, they give {found}")
+    counts = _counts(manifest.tensors, manifest.dropped)
+    if manifest.counts != counts:
+        yield Problem("counts", f"do not match the tensors: the manifest says {manifest.counts}, they give {counts}")
+    if set(map(tuple, manifest.tied)) != set(_tied(manifest.tensors)):
+        yield Problem("tied", "does not match the digests of the frozen tensors")
+    if both := [name for name in manifest.dropped if name in manifest.tensors and manifest.tensors[name].origin != "added"]:
+        yield Problem("dropped", f"{enumerate_names(both)}: dropped, and yet there")

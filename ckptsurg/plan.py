@@ -1,0 +1,65 @@
+"""The plan: the document that says what becomes of every tensor."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+from pydantic import Field
+
+from .documents import Document, Model
+from .signatures import Init
+from .tensors import TensorInfo
+
+__all__ = ["Action", "Plan", "PlannedTensor"]
+
+Action: TypeAlias = Literal["copy", "drop", "reinit", "add"]
+
+
+class PlannedTensor(Model):
+    """What becomes of one tensor.
+
+    Attributes:
+        name: Its name.
+        action: What is done.
+        frozen: Whether training must not change it.
+        dtype: Its dtype in the output; of a dropped tensor, in the base.
+        shape: Its shape there.
+        rule: Where in the spec this was decided; None where no rule speaks of it.
+        init: What is drawn, with ``default`` written out.
+        keep: Whether the part that overlaps the old tensor keeps its bits.
+    """
+
+    name: str
+    action: Action
+    frozen: bool
+    dtype: str
+    shape: tuple[int, ...]
+    rule: str | None
+    init: Init | None = None
+    keep: bool = False
+
+    @property
+    def info(self) -> TensorInfo:
+        return TensorInfo(self.dtype, self.shape)
+
+
+class Plan(Document):
+    """One action for every tensor.
+
+    Attributes:
+        counts: How many tensors have each action, and how many of the output are frozen and trainable.
+        tensors: The base's tensors in their order, then the added ones.
+        notes: What is allowed but likely not meant.
+        seed: Seed of all drawn values.
+    """
+
+    version: Literal[1] = Field(description="Version of this document's form.")
+    counts: dict[str, int]
+    tensors: tuple[PlannedTensor, ...]
+    notes: tuple[str, ...] = ()
+    seed: int = 0
+
+    @property
+    def output(self) -> list[PlannedTensor]:
+        """The tensors that the output has."""
+        return [tensor for tensor in self.tensors if tensor.action != "drop"]

@@ -1,0 +1,282 @@
+"""From a spec and the headers of a base to one action for every tensor. Pure: nothing is read, nothing is written."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+
+from .defaults import Ambiguous, resolve_default
+from .documents import Place
+from .errors import Problem, SpecError, enumerate_names, shown
+from .patterns import BoolArray, IntArray, Names
+from .plan import Plan, PlannedTensor
+from .selectors import Selection, Space, module_and_leaf, select
+from .signatures import Initializer, refusal
+from .spec import Item, ReinitRule, Spec
+from .tensors import TensorInfo, TensorSource
+
+__all__ = ["plan"]
+
+
+def plan(spec: Spec, source: TensorSource) -> Plan:
+    """Give every tensor of the source one fate.
+
+    Raises:
+        SpecError: with everything in the spec that does not fit the source.
+    """
+    base = source.tensors
+    report = _Findings(spec)
+    everything = Space(Names(list(base)), base)
+    drop = report.select(("drop",), spec.drop, everything)
+    gone = drop.mask.tolist()
+    left = {name: info for (name, info), is_gone in zip(base.items(), gone, strict=True) if not is_gone}
+    dropped = Names([name for name, is_gone in zip(base, gone, strict=True) if is_gone])
+    space = Space(Names(list(left)) if len(left) < len(base) else everything.names, left, dropped)
+
+    fates = _Fates(report, space)
+    draws = _Draws(report, left, fates.owners)
+    planned = {name: _copied(name, info, fates) for name, info in left.items() if name not in fates.owners}
+    planned |= {name: _drawn(name, left, spec, rule, draws) for name, rule in fates.owners.items()}
+    output = [planned[name] for name in left] + _added(report, left, draws)
+    if not output and not report.problems:
+        report.add(("drop",), "drops every tensor: nothing would be left")
+    if report.problems:
+        raise SpecError(spec.label, report.problems)
+
+    rule_of = dict(zip(base, report.rules("drop", drop), strict=True))
+    following = iter(output)
+    tensors = [
+        PlannedTensor(name=name, action="drop", frozen=False, dtype=info.dtype, shape=info.shape, rule=rule_of[name])
+        if is_gone
+        else next(following)
+        for (name, info), is_gone in zip(base.items(), gone, strict=True)
+    ]
+    tensors += following
+    counts = Counter(dict.fromkeys(("copy", "drop", "reinit", "add", "frozen", "trainable"), 0))
+    counts.update(tensor.action for tensor in tensors)
+    counts.update("frozen" if tensor.frozen else "trainable" for tensor in output)
+    notes = (*report.notes, *_odd_outcomes(output))
+    return Plan(version=1, counts=dict(counts), tensors=tuple(tensors), notes=notes, seed=spec.seed)
+
+
+class _Findings:
+    """What is wrong with a spec, and what is odd about it, gathered over all its rules."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.problems: list[Problem] = []
+        self.notes: list[str] = []
+
+    def add(self, place: Place, message: str) -> None:
+        self.problems.append(self.spec.problem(place, message))
+
+    def select(self, place: Place, items: Sequence[Item] | None, space: Space) -> Selection:
+        selection = select(self.spec, place, items or (), space)
+        self.problems += selection.problems
+        self.notes += selection.notes
+        return selection
+
+    def claimed_twice(self, both: BoolArray, space: Space, one: Place, other: Place, remedy: str) -> None:
+        names = [space.names.names[index] for index in np.flatnonzero(both).tolist()]
+        places = f"{self.spec.written(one)} and {self.spec.written(other)}"
+        self.add(other, f"{places} both claim {enumerate_names(names, 3)}; {remedy}")
+
+    def rules(self, key: str, selection: Selection) -> list[str | None]:
+        """Where in the spec each name was decided, in the order of the names."""
+        written: list[str | None] = [
+            self.spec.written((key, position)) for position in range(int(selection.item.max(initial=-1)) + 1)
+        ]
+        # Reached by index -1. What `train` does not name is frozen by the key as a whole.
+        written.append("train" if key == "train" and self.spec.train is not None else None)
+        return [written[index] for index in selection.item.tolist()]
+
+
+class _Fates:
+    """Which rule has each tensor that is not dropped, and whether it is frozen.
+
+    Attributes:
+        owners: The reinit rule of each tensor that is drawn.
+    """
+
+    def __init__(self, report: _Findings, space: Space) -> None:
+        spec = report.spec
+        self._report, self._space = report, space
+        self._freeze = report.select(("freeze",), spec.freeze, space)
+        self._train = report.select(("train",), spec.train, space)
+        owner = self._reinit_owner()
+        self._check(owner)
+        names = space.names.names
+        self.owners = {names[index]: int(owner[index]) for index in np.flatnonzero(owner >= 0).tolist()}
+        mask = self._freeze.mask if spec.freeze is not None else ~self._train.mask
+        self._frozen = mask if spec.freeze is not None or spec.train is not None else np.zeros_like(mask)
+
+    @cached_property
+    def copied(self) -> dict[str, tuple[bool, str | None]]:
+        """For each tensor, were it copied: whether it is frozen, and by which rule."""
+        key = "freeze" if self._report.spec.freeze is not None else "train"
+        rules = self._report.rules(key, self._freeze if key == "freeze" else self._train)
+        return dict(zip(self._space.names.names, zip(self._frozen.tolist(), rules, strict=True), strict=True))
+
+    def _reinit_owner(self) -> IntArray:
+        """Which reinit rule has each name, shape [names]; -1 where none has."""
+        owner = np.full(len(self._space.names), -1, np.int64)
+        for position, rule in enumerate(self._report.spec.reinit):
+            mask = self._report.select(("reinit", position), [rule], self._space).mask
+            for earlier in sorted(set(owner[mask].tolist()) - {-1}):
+                remedy = "a tensor is drawn by one rule; make a pattern narrower"
+                self._claimed_twice(mask & (owner == earlier), ("reinit", earlier), ("reinit", position), remedy)
+            owner[mask & (owner < 0)] = position
+        return owner
+
+    def _check(self, owner: IntArray) -> None:
+        """Report what freeze, train and reinit claim against one another."""
+        spec, freeze, train = self._report.spec, self._freeze, self._train
+        for position, rule in enumerate(spec.reinit):
+            mine, place = owner == position, ("reinit", position)
+            if not rule.frozen and (both := mine & freeze.mask).any():
+                remedy = f'add "!{shown(rule.match)}" to freeze'
+                self._claimed_twice(both, self._decider("freeze", freeze, both), place, remedy)
+            if rule.frozen and (both := mine & train.mask).any():
+                remedy = f'add "!{shown(rule.match)}" to train, or leave `frozen` out'
+                self._claimed_twice(both, self._decider("train", train, both), place, remedy)
+        if spec.freeze is None or spec.train is None:
+            return
+        drawn = owner >= 0
+        if (both := freeze.mask & train.mask & ~drawn).any():
+            decider = self._decider("train", train, both)
+            remedy = f'add "!{shown(spec.train[decider[1]].match)}" to freeze'
+            self._claimed_twice(both, self._decider("freeze", freeze, both), decider, remedy)
+        if (neither := ~(freeze.mask | train.mask | drawn)).any():
+            names = [self._space.names.names[index] for index in np.flatnonzero(neither).tolist()]
+            message = f"in neither freeze nor train: {enumerate_names(names, 3)}; with both keys every tensor is in one"
+            self._report.add(("train",), message)
+
+    def _claimed_twice(self, both: BoolArray, one: Place, other: Place, remedy: str) -> None:
+        self._report.claimed_twice(both, self._space, one, other, remedy)
+
+    @staticmethod
+    def _decider(key: str, selection: Selection, both: BoolArray) -> tuple[str, int]:
+        return key, int(selection.item[both][0])
+
+
+class _Draws:
+    """Shapes and initializers of the tensors that are drawn."""
+
+    def __init__(self, report: _Findings, left: Mapping[str, TensorInfo], owners: Mapping[str, int]) -> None:
+        self._report = report
+        spec = report.spec
+        self.shapes = {
+            name: TensorInfo(left[name].dtype, self._new_shape(name, left[name], spec.reinit[rule], rule))
+            for name, rule in owners.items()
+        }
+        added = {rule.name: TensorInfo(rule.dtype, rule.shape) for rule in spec.add}
+        self._modules: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
+        if any(rule.init.name == "default" for rule in (*spec.reinit, *spec.add)):
+            for name, info in {**left, **self.shapes, **added}.items():
+                module, leaf = module_and_leaf(name)
+                self._modules[module][leaf] = info
+
+    def _new_shape(self, name: str, old: TensorInfo, rule: ReinitRule, position: int) -> tuple[int, ...]:
+        place = ("reinit", position, "shape")
+        rank = len(old.shape)
+        if rule.shape is None:
+            return old.shape
+        if isinstance(rule.shape, tuple):
+            if rule.keep and len(rule.shape) != rank:
+                self._report.add(place, f"keep: {shown(name)} is {old}; the new shape has {len(rule.shape)} dimensions")
+            return rule.shape
+        shape = dict(enumerate(old.shape))
+        given: set[int] = set()
+        for dimension, size in rule.shape.items():
+            here = (*place, str(dimension))
+            if not -rank <= dimension < rank:
+                self._report.add(here, f"{shown(name)} is {old}: it has no dimension {dimension}")
+                continue
+            if dimension % rank in given:
+                self._report.add(here, f"{shown(name)} is {old}: dimension {dimension % rank} is given twice")
+            given.add(dimension % rank)
+            shape[dimension % rank] = size
+        return tuple(shape.values())
+
+    def resolved(self, name: str, info: TensorInfo, init: Initializer, place: Place) -> Initializer:
+        """The initializer with ``default`` written out; a problem where it cannot draw the tensor."""
+        if init.name == "default":
+            module, leaf = module_and_leaf(name)
+            try:
+                init = resolve_default(leaf, info, self._modules[module], init.arguments.get("module"))
+            except Ambiguous as error:
+                self._report.add(place, f"{shown(name)} {info}: {error}")
+                return init
+            if leaf == "num_batches_tracked":  # an integer, but a counter that begins at zero
+                return init
+        if reason := refusal(init, info):
+            self._report.add(place, f"{shown(name)}: {reason}")
+        return init
+
+
+def _copied(name: str, info: TensorInfo, fates: _Fates) -> PlannedTensor:
+    frozen, rule = fates.copied[name]
+    return PlannedTensor(name=name, action="copy", frozen=frozen, dtype=info.dtype, shape=info.shape, rule=rule)
+
+
+def _drawn(name: str, left: Mapping[str, TensorInfo], spec: Spec, position: int, draws: _Draws) -> PlannedTensor:
+    rule, info = spec.reinit[position], draws.shapes[name]
+    init = draws.resolved(name, info, rule.init, ("reinit", position, "init"))
+    return PlannedTensor(
+        name=name,
+        action="reinit",
+        frozen=rule.frozen,
+        dtype=info.dtype,
+        shape=info.shape,
+        rule=spec.written(("reinit", position)),
+        init=init,
+        keep=rule.keep,
+    )
+
+
+def _added(report: _Findings, left: Mapping[str, TensorInfo], draws: _Draws) -> list[PlannedTensor]:
+    added: dict[str, PlannedTensor] = {}
+    for position, rule in enumerate(report.spec.add):
+        place = ("add", position)
+        info = TensorInfo(rule.dtype, rule.shape)
+        if rule.name in left or rule.name in added:
+            owner = "the base has" if rule.name in left else "the spec adds already"
+            remedy = "; draw it anew under reinit, or drop it" if rule.name in left else ""
+            report.add((*place, "name"), f'"{shown(rule.name)}" is a tensor that {owner}{remedy}')
+        if rule.name == "__metadata__":
+            report.add((*place, "name"), "__metadata__ is no name for a tensor: the format uses it")
+        if rule.init.name == "like":
+            report.add((*place, "init"), "like: an added tensor has no old values; write normal with mean and std")
+        init = draws.resolved(rule.name, info, rule.init, (*place, "init"))
+        added[rule.name] = PlannedTensor(
+            name=rule.name,
+            action="add",
+            frozen=rule.frozen,
+            dtype=rule.dtype,
+            shape=rule.shape,
+            rule=report.spec.written(place),
+            init=init,
+        )
+    return list(added.values())
+
+
+def _odd_outcomes(output: Sequence[PlannedTensor]) -> list[str]:
+    """Outcomes that are allowed, but that few people want."""
+    notes = []
+    if not any(tensor.frozen for tensor in output):
+        notes.append("nothing is frozen: there will be nothing to verify")
+    frozen = {tensor.name: tensor.frozen for tensor in output}
+    parted = []
+    for name in frozen:
+        module, leaf = module_and_leaf(name)
+        if leaf == "running_mean" and frozen.get(f"{module}weight", frozen[name]) != frozen[name]:
+            parted.append(name)
+    if parted:
+        which = "statistics follow the data though their weights are frozen"
+        if frozen[parted[0]]:
+            which = "statistics are frozen though their weights train"
+        notes.append(f"{len(parted)} norm layers are half frozen: {which} ({enumerate_names(parted, 2)})")
+    return notes

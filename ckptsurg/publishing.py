@@ -1,0 +1,233 @@
+"""All that touches a disk's safety: staging, flushing to disk, publishing by rename.
+
+An output is staged in a hidden folder beside its target, flushed, and renamed into place. Until then nothing of it
+is visible under its name; a run that fails takes its staging folder away.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .checkpoints import Checkpoint
+from .copying import write_all
+from .errors import SystemFailure, UsageError, shown
+from .manifest import manifest_path
+
+__all__ = ["Staging", "refuse_target", "staged", "system_failures"]
+
+_AT_FDCWD = -100
+_RENAME_NOREPLACE = 1
+_RENAME_EXCHANGE = 2
+
+
+@contextmanager
+def system_failures(label: str) -> Iterator[None]:
+    """Turn errors of the operating system into SystemFailure."""
+    try:
+        yield
+    except OSError as failure:
+        name = f" ({shown(failure.filename)})" if failure.filename else ""
+        raise SystemFailure(f"{label}: {failure.strerror or failure}{name}; nothing was published") from failure
+
+
+# --- Targets ----------------------------------------------------------------------------------------
+
+
+def refuse_target(out: Path, manifest: Path, base: Checkpoint, *, overwrite: bool) -> None:
+    """Refuse an output that exists, or that would touch the base.
+
+    Args:
+        out: The output: a file whose name ends in ``.safetensors``, or else a folder.
+        manifest: Where the manifest will stand.
+        base: The base.
+        overwrite: Whether an earlier output may be replaced.
+
+    Raises:
+        UsageError: if the output must not be written.
+    """
+    label = shown(out)
+    real = Path(os.path.realpath(out))
+    sources = [(base.folder or base.path.parent) / file.name for file in base.files]
+    held = {(file.status.st_dev, file.status.st_ino) for file in base.files}
+    for target in (out, manifest):
+        with suppress(OSError):
+            status = target.stat()
+            if (status.st_dev, status.st_ino) in held:
+                raise UsageError(f"{shown(target)}: is the base, or a link to it; an output never replaces its base")
+    if base.folder is not None and real.is_relative_to(os.path.realpath(base.folder)):
+        raise UsageError(f"{label}: lies inside the base {base.label}; choose a place outside it")
+    for source in sources:
+        if Path(os.path.realpath(source)).is_relative_to(real):
+            raise UsageError(f"{label}: holds the base {base.label}; choose another place")
+    if out.name.endswith(".safetensors"):
+        if out.is_dir():
+            raise UsageError(f"{label}: is a folder; the name of an output that ends in .safetensors is a file's")
+    elif os.path.lexists(out):
+        _refuse_folder(out, label, overwrite=overwrite)
+        if overwrite or out.is_dir():
+            return
+    for path in (out, manifest):
+        if os.path.lexists(path) and not overwrite:
+            raise UsageError(f"{shown(path)}: exists already", hint="--overwrite replaces it")
+
+
+def _refuse_folder(out: Path, label: str, *, overwrite: bool) -> None:
+    if not out.is_dir():
+        raise UsageError(f"{label}: is a file; an output whose name does not end in .safetensors is a folder")
+    if not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise UsageError(f"{label}: exists already and is not empty", hint="--overwrite replaces an earlier output")
+    if not _is_ours(out):
+        raise UsageError(
+            f"{label}: holds no freeze.json of ckptsurg, so it is not an earlier output and is not replaced",
+            hint="remove the folder yourself if it may go",
+        )
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        document = json.loads(manifest_path(folder).read_bytes())
+        return bool(document["tool"]["name"] == "ckptsurg")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+# --- Staging ----------------------------------------------------------------------------------------
+
+
+class Staging:
+    """A hidden folder beside the target, in which the output is made.
+
+    Attributes:
+        folder: The folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[int]:
+        """A new file, given as a descriptor and flushed to disk at the end."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            yield descriptor
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def write(self, name: str, content: bytes) -> None:
+        """A new small file."""
+        with self.create(name) as descriptor:
+            write_all(descriptor, content)
+
+    def copy(self, name: str, source: Path) -> None:
+        """A copy of a small file of the base."""
+        with source.open("rb") as file, self.create(name) as descriptor:
+            while chunk := file.read(1 << 20):
+                write_all(descriptor, chunk)
+
+    def publish_folder(self, out: Path, *, overwrite: bool) -> None:
+        """Rename the staging folder to its target."""
+        for place, _, _ in os.walk(self.folder):
+            _sync_folder(Path(place))
+        if overwrite and out.is_dir() and any(out.iterdir()):
+            _rename(self.folder, out, _RENAME_EXCHANGE)
+        else:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                out.rmdir()  # an empty folder counts as absent
+            _rename(self.folder, out, _RENAME_NOREPLACE)
+        _sync_folder(out.parent)
+
+    def publish_file(self, name: str, target: Path, *, overwrite: bool) -> None:
+        """Rename one staged file to its target."""
+        if overwrite:
+            (self.folder / name).replace(target)
+        else:
+            _rename(self.folder / name, target, _RENAME_NOREPLACE)
+        _sync_folder(target.parent)
+
+    @staticmethod
+    def withdraw(target: Path) -> None:
+        """Remove what would otherwise stand beside an output that it does not describe."""
+        with suppress(FileNotFoundError):
+            target.unlink()
+            _sync_folder(target.parent)
+
+
+@contextmanager
+def staged(target: Path, size: int) -> Iterator[Staging]:
+    """A staging folder beside a target, on the same file system; it is gone at the end, whatever happens.
+
+    Args:
+        target: What will be published.
+        size: Bytes that will be written; refused at once where the file system says that it has less.
+
+    Raises:
+        SystemFailure: if the system fails, with nothing published.
+    """
+    label = shown(target)
+    with system_failures(label):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        space = os.statvfs(target.parent)
+        if size > (available := space.f_bavail * space.f_frsize):
+            raise SystemFailure(f"{label}: needs {size:,} bytes, but the file system has {available:,} left")
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.ckptsurg-", dir=target.parent))
+        try:
+            folder.chmod(0o777 & ~_umask())
+            yield Staging(folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _rename(source: Path, target: Path, flag: int) -> None:
+    """``renameat2(2)``: without replacing, or exchanging the two."""
+    renameat2 = _renameat2()
+    if renameat2 is not None:
+        if renameat2(os.fsencode(source), os.fsencode(target), flag) == 0:
+            return
+        code = ctypes.get_errno()
+        if code == errno.EEXIST:
+            raise UsageError(f"{shown(target)}: appeared while the output was made; nothing was published")
+        if code not in (errno.ENOSYS, errno.EINVAL) or flag == _RENAME_EXCHANGE:
+            raise OSError(code, os.strerror(code), str(target))
+    if flag == _RENAME_EXCHANGE:
+        raise SystemFailure(f"{shown(target)}: this system cannot exchange two folders; remove the old output first")
+    if os.path.lexists(target):
+        raise UsageError(f"{shown(target)}: appeared while the output was made; nothing was published")
+    source.rename(target)
+
+
+def _renameat2() -> Callable[[bytes, bytes, int], int] | None:
+    if sys.platform != "linux":
+        return None
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is None:
+        return None
+    function.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+    return lambda source, target, flag: int(function(_AT_FDCWD, source, _AT_FDCWD, target, flag))

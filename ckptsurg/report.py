@@ -1,0 +1,123 @@
+"""The report: what verify and diff answer with."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+from pydantic import Field
+
+from .documents import Document, Model
+from .errors import FrozenWeightsChanged, counted, shown
+
+__all__ = ["Detail", "Difference", "DiffReport", "Report", "Verdict"]
+
+Verdict: TypeAlias = Literal[
+    "changed", "dtype", "shape", "missing", "dtype_only", "sign_of_zero", "nan_payload", "added", "removed"
+]
+
+
+class Detail(Model):
+    """Where a tensor differs from its baseline, and by how much.
+
+    Attributes:
+        elements_changed: How many elements have other bits.
+        max_abs_diff: Largest difference of two values; None where it is not finite or the dtype has no numbers.
+        first_index: The first such element, one number a dimension.
+    """
+
+    elements_changed: int
+    max_abs_diff: float | None
+    first_index: tuple[int, ...]
+
+
+class Difference(Model):
+    """One tensor that is not what it should be.
+
+    Attributes:
+        name: Its name in the manifest.
+        verdict: In which way.
+        cause: A cause code; None where nothing is known.
+        detail: Expected and found, or, with a baseline, where and by how much.
+    """
+
+    name: str
+    verdict: Verdict
+    cause: str | None = None
+    detail: Detail | dict[str, Any] | None = None
+
+    def describe(self) -> str:
+        """One line for people."""
+        parts = [f"{shown(self.name)}: {_WORDS[self.verdict]}"]
+        if isinstance(self.detail, Detail):
+            largest = self.detail.max_abs_diff
+            parts.append(
+                f"{counted(self.detail.elements_changed, 'element')}, first at {list(self.detail.first_index)}"
+                + (f", largest difference {largest:.6g}" if largest is not None else "")
+            )
+        elif self.detail and "expected" in self.detail:
+            parts.append(f"expected {self.detail['expected']}, found {self.detail['found']}")
+        if self.cause:
+            parts.append(f"cause: {self.cause}")
+        return "; ".join(parts)
+
+
+_WORDS: dict[Verdict, str] = {
+    "changed": "bits changed",
+    "dtype": "has another dtype",
+    "shape": "has another shape",
+    "missing": "is missing",
+    "dtype_only": "has the same values in a wider dtype",
+    "sign_of_zero": "zeros changed their sign",
+    "nan_payload": "NaNs changed their bits",
+    "added": "is only in the second",
+    "removed": "is only in the first",
+}
+
+
+class Report(Document):
+    """Are the frozen tensors bit-identical?
+
+    Attributes:
+        ok: Whether they are.
+        verified: How many frozen tensors have their bits.
+        drifted: Those that have not; also, accepted, those that only became wider.
+        extra: Tensors that the manifest lacks.
+        missing_trainable: Trainable tensors that are missing.
+    """
+
+    version: Literal[1] = Field(default=1, description="Version of this document's form.")
+    ok: bool
+    verified: int
+    drifted: tuple[Difference, ...] = ()
+    extra: tuple[str, ...] = ()
+    missing_trainable: tuple[str, ...] = ()
+
+    def raise_if_changed(self) -> None:
+        """Raise FrozenWeightsChanged, naming every tensor, if the report is not ``ok``."""
+        if not self.ok:
+            raise FrozenWeightsChanged(self.summary())
+
+    def summary(self, limit: int = 20) -> str:
+        """What is wrong, a tensor a line."""
+        lines = [difference.describe() for difference in self.drifted]
+        lines += [f"{shown(name)}: is not in the manifest" for name in self.extra]
+        lines += [f"{shown(name)}: trainable, and missing" for name in self.missing_trainable]
+        if self.drifted:
+            lines = lines[: len(self.drifted)]
+        more = [f"... and {len(lines) - limit:,} more"] if len(lines) > limit else []
+        count = sum(difference.verdict != "dtype_only" for difference in self.drifted) or len(self.drifted)
+        head = f"{counted(count, 'frozen tensor')} changed:" if self.drifted else "not exactly the manifest's tensors:"
+        return "\n  ".join([head, *lines[:limit], *more])
+
+
+class DiffReport(Document):
+    """Two checkpoints, tensor by tensor.
+
+    Attributes:
+        ok: Whether they hold the same tensors with the same bits.
+        tensors: Those in which they differ.
+    """
+
+    version: Literal[1] = Field(default=1, description="Version of this document's form.")
+    ok: bool
+    tensors: tuple[Difference, ...] = ()

@@ -1,0 +1,162 @@
+"""Selectors: lists of patterns in which the later one wins, and what is wrong with them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .documents import Place
+from .errors import Problem, counted, enumerate_names, shown
+from .patterns import BoolArray, IntArray, Names, PatternError
+from .spec import Item, Spec, Where
+from .tensors import TensorInfo
+
+__all__ = ["Selection", "Space", "module_and_leaf", "select"]
+
+#: Output heads that share their tensor with the input embeddings in many models, and what the latter are called.
+_TIED_HEADS = re.compile(r"(?:^|[./])(?:lm_head|embed_out|output_projection|decoder|proj_out)(?:[./]|$)")
+_EMBEDDINGS = "**.{embed_tokens,wte,word_embeddings,embed_in,shared,tok_embeddings}"
+
+
+@dataclass(frozen=True)
+class Space:
+    """The tensors that patterns speak of.
+
+    Attributes:
+        names: Their names.
+        tensors: Dtype and shape by name.
+        dropped: Names that the spec drops: patterns do not see them, messages do.
+    """
+
+    names: Names
+    tensors: Mapping[str, TensorInfo]
+    dropped: Names = field(default_factory=lambda: Names(()))
+
+    def keeps(self, name: str, where: Where) -> bool:
+        info = self.tensors[name]
+        if where.dtype is not None and info.dtype != where.dtype:
+            return False
+        if where.ndim is not None and len(info.shape) != where.ndim:
+            return False
+        return where.beside is None or module_and_leaf(name)[0] + where.beside in self.tensors
+
+
+def module_and_leaf(name: str) -> tuple[str, str]:
+    """The module's name with its separator, and the last segment: ("layer1.0.", "weight")."""
+    end = max(name.rfind("."), name.rfind("/")) + 1
+    return name[:end], name[end:]
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What a selector selects.
+
+    Attributes:
+        mask: Which names are selected, shape [names].
+        item: Which item decided on each name last, shape [names]; -1 where none did.
+        problems: What is wrong with the selector.
+        notes: What is likely not meant.
+    """
+
+    mask: BoolArray
+    item: IntArray
+    problems: Sequence[Problem]
+    notes: Sequence[str]
+
+
+def select(spec: Spec, place: Place, items: Sequence[Item], space: Space) -> Selection:
+    """Evaluate the items in their order; the later one wins."""
+    count = len(space.names)
+    mask = np.zeros(count, np.bool_)
+    decided = np.full(count, -1, np.int64)
+    problems: list[Problem] = []
+    notes: list[str] = []
+    for position, item in enumerate(items):
+        here = (*place, position)
+        exact = item.match in space.tensors
+        negative = item.match.startswith("!") and not exact
+        pattern = item.match[1:] if negative else item.match
+        if negative and position == 0:
+            problems.append(spec.problem(here, f'begins with "{shown(item.match)}"; a list begins with what it selects'))
+            continue
+        try:
+            hits = space.names.match(pattern)
+        except PatternError as error:
+            problems.append(spec.problem(here, f'"{shown(item.match)}": {error}'))
+            continue
+        total = np.zeros(count, np.bool_)
+        for alternative, hit in hits:
+            hit = _filtered(hit, item.where, space)
+            taken = hit & mask if negative else hit
+            total |= taken
+            if not taken.any() and not item.optional:
+                message = _explain_nothing(item, alternative, len(hits) > 1, negative, int(hit.sum()), space)
+                problems.append(spec.problem(here, message))
+        found = int(total.sum())
+        if item.expect not in (None, found) and (found or item.optional):
+            names = [space.names.names[index] for index in np.flatnonzero(total).tolist()]
+            verb = "takes away" if negative else "selects"
+            message = f'"{shown(item.match)}" {verb} {counted(found)}, expected {item.expect:,}'
+            problems.append(spec.problem(here, message + (f": {enumerate_names(names, 3)}" if names else "")))
+        mask = mask & ~total if negative else mask | total
+        decided[total] = position
+        notes += _slips(spec.written(here), item, pattern, total, space)
+    return Selection(mask, decided, problems, notes)
+
+
+def _filtered(hit: BoolArray, where: Where | None, space: Space) -> BoolArray:
+    if where is None:
+        return hit
+    kept = np.zeros_like(hit)
+    for index in np.flatnonzero(hit).tolist():
+        kept[index] = space.keeps(space.names.names[index], where)
+    return kept
+
+
+def _explain_nothing(item: Item, alternative: str, of_braces: bool, negative: bool, matched: int, space: Space) -> str:
+    """Why a pattern selects nothing, or takes nothing away, and what may have been meant."""
+    sign = "!" if negative else ""
+    what = f'"{sign}{shown(alternative)}"' + (f' (of "{shown(item.match)}")' if of_braces else "")
+    if matched:
+        return f"{what} takes nothing away: nothing that it matches ({counted(matched)}) is selected before it"
+    if item.where is not None and (unfiltered := space.names.count(alternative)):
+        where = ", ".join(f"{key}: {value}" for key, value in item.where.model_dump(exclude_none=True).items())
+        return f"{what} matches {counted(unfiltered)}, but none where {where}"
+    if gone := space.dropped.count(alternative):
+        return f"{what} matches nothing that is left: `drop` takes what it matches ({counted(gone)})"
+    message = f"{what} matches nothing"
+    if re.fullmatch(r"-?[0-9]*:-?[0-9]*(?::-?[0-9]*)?", alternative):
+        return f'{message}; a slice keeps its brackets in quotes, type: "[{alternative}]"'
+    if _TIED_HEADS.search(alternative) and (embeddings := _first(space.names, _EMBEDDINGS)):
+        return (
+            f"{message}: the checkpoint has no such tensor; where a model ties its head to its embeddings, "
+            f"{shown(embeddings)} stands for both"
+        )
+    nearest = [f"{sign}{shown(name)}" for name in space.names.nearest(alternative)]
+    return message + ("; nearest: " + ", ".join(nearest) if nearest else "")
+
+
+def _first(names: Names, pattern: str) -> str | None:
+    hits = np.logical_or.reduce([hit for _, hit in names.match(pattern)])
+    found = np.flatnonzero(hits)
+    return names.names[found[0]] if found.size else None
+
+
+def _slips(place: str, item: Item, pattern: str, total: BoolArray, space: Space) -> list[str]:
+    """A single ``*`` at the start where ``**`` selects more: the commonest slip that is no error."""
+    if not pattern.startswith(("*.", "*/")):
+        return []
+    deeper = f"**{pattern[1:]}"
+    try:
+        hits = [_filtered(hit, item.where, space) for _, hit in space.names.match(deeper)]
+    except PatternError:
+        return []
+    more, found = int(np.logical_or.reduce(hits).sum()), int(total.sum())
+    if more <= found:
+        return []
+    return [f'{place}: "{shown(item.match)}" selects {counted(found)}; "{shown(deeper)}" would select {more:,}']
+
+

@@ -1,0 +1,215 @@
+"""The initializers that a spec can name, with their arguments: what may be written, not what is drawn.
+
+Names and defaults are those of ``torch.nn.init`` (https://pytorch.org/docs/stable/nn.init.html) without the
+underscore; ``default`` and ``like`` are ours.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema, model_serializer
+
+from .documents import Model, fail, suggest
+from .errors import shown
+from .tensors import TensorInfo
+
+__all__ = ["MODULES", "Init", "Initializer", "refusal"]
+
+class _NoArguments(Model):
+    pass
+
+
+class _Constant(Model):
+    val: float
+
+
+class _Uniform(Model):
+    a: float = 0.0
+    b: float = 1.0
+
+
+class _Normal(Model):
+    mean: float = 0.0
+    std: Annotated[float, Field(ge=0)] = 1.0
+
+
+class _TruncNormal(_Normal):
+    a: float = -2.0
+    b: float = 2.0
+
+
+class _Gain(Model):
+    gain: float = 1.0
+
+
+Nonlinearity: TypeAlias = Literal[
+    "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+    "sigmoid", "tanh", "relu", "leaky_relu", "selu",
+]  # fmt: skip
+
+
+class _Kaiming(Model):
+    a: float = 0.0
+    mode: Literal["fan_in", "fan_out"] = "fan_in"
+    nonlinearity: Nonlinearity = "leaky_relu"
+
+
+class _Dirac(Model):
+    groups: Annotated[int, Field(ge=1)] = 1
+
+
+class _Sparse(Model):
+    sparsity: Annotated[float, Field(ge=0, le=1)]
+    std: Annotated[float, Field(ge=0)] = 0.01
+
+
+#: Modules whose ``reset_parameters`` the initializer ``default`` knows.
+MODULES = (
+    "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Bilinear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d",
+    "ConvTranspose2d", "ConvTranspose3d", "Embedding", "EmbeddingBag", "GRU", "GroupNorm", "InstanceNorm1d",
+    "InstanceNorm2d", "InstanceNorm3d", "LSTM", "LayerNorm", "Linear", "MultiheadAttention", "PReLU", "RMSNorm", "RNN",
+    "SyncBatchNorm",
+)  # fmt: skip
+
+
+class _Default(Model):
+    module: str | None = None
+
+
+#: The arguments of each initializer: names and defaults of ``torch.nn.init``.
+_ARGUMENTS: dict[str, type[Model]] = {
+    "constant": _Constant,
+    "default": _Default,
+    "dirac": _Dirac,
+    "eye": _NoArguments,
+    "kaiming_normal": _Kaiming,
+    "kaiming_uniform": _Kaiming,
+    "like": _NoArguments,
+    "normal": _Normal,
+    "ones": _NoArguments,
+    "orthogonal": _Gain,
+    "sparse": _Sparse,
+    "trunc_normal": _TruncNormal,
+    "uniform": _Uniform,
+    "xavier_normal": _Gain,
+    "xavier_uniform": _Gain,
+    "zeros": _NoArguments,
+}
+
+
+class Initializer(Model):
+    """An initializer and all its arguments; written ``zeros`` or ``{normal: {std: 0.02}}``.
+
+    Attributes:
+        name: A name of ``torch.nn.init`` without the underscore, ``default`` or ``like``.
+        arguments: Every argument of the initializer, defaults filled in.
+    """
+
+    name: str
+    arguments: dict[str, Any] = Field(default_factory=dict)
+
+    @model_serializer
+    def _as_written(self) -> dict[str, Any]:
+        return {self.name: self.arguments}
+
+
+def _initializer(value: object) -> object:
+    if isinstance(value, Initializer):
+        return {"name": value.name, "arguments": value.arguments}
+    written: Any = {value: {}} if isinstance(value, str) else value
+    if not isinstance(written, dict) or len(written) != 1:
+        raise fail("expected an initializer: a name such as zeros, or one name with arguments: {normal: {std: 0.02}}")
+    [(name, arguments)] = written.items()
+    if name not in _ARGUMENTS:
+        raise fail(f'unknown initializer "{shown(name)}"' + suggest(name, list(_ARGUMENTS)))
+    if name == "default" and isinstance(arguments, str):
+        if arguments not in MODULES:
+            raise fail(f'default: unknown module "{shown(arguments)}"' + suggest(arguments, MODULES))
+        arguments = {"module": arguments}
+    model = _ARGUMENTS[name]
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        example = next(iter(model.model_fields), None)
+        tail = f"{{{name}: {{{example}: {shown(arguments, 40)}}}}}" if example else f"{name}"
+        raise fail(f"{name}: the arguments have names; write {tail}")
+    return {"name": name, "arguments": _checked_arguments(name, model, arguments)}
+
+
+def _checked_arguments(name: str, model: type[Model], arguments: dict[str, Any]) -> dict[str, Any]:
+    known = list(model.model_fields)
+    for key in arguments:
+        if key not in known:
+            takes = suggest(key, known) if known else "; it takes none"
+            raise fail(f'{name}: unknown argument "{shown(key)}"{takes}')
+    try:
+        filled = model.model_validate(arguments)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = first["loc"][-1] if first["loc"] else name
+        if first["type"] == "missing":
+            raise fail(f'{name}: the argument "{where}" is missing') from None
+        message = first["msg"][0].lower() + first["msg"][1:]
+        raise fail(f"{name}: {where}: {message}, found {shown(first['input'], 40)}") from None
+    if name in ("uniform", "trunc_normal") and filled.a >= filled.b and not (name == "uniform" and filled.a == filled.b):  # type: ignore[attr-defined]
+        raise fail(f"{name}: a must be below b")
+    return {key: value for key, value in filled.model_dump().items() if value is not None}
+
+
+def _json_schema() -> dict[str, Any]:
+    with_arguments: dict[str, Any] = {name: model.model_json_schema() for name, model in _ARGUMENTS.items()}
+    with_arguments["default"] = {"enum": list(MODULES)}
+    bare = [name for name, model in _ARGUMENTS.items() if not any(f.is_required() for f in model.model_fields.values())]
+    one = {"type": "object", "minProperties": 1, "maxProperties": 1, "additionalProperties": False}
+    return {"anyOf": [{"enum": bare}, {**one, "properties": with_arguments}]}
+
+
+#: An initializer as a field of a document.
+Init: TypeAlias = Annotated[Initializer, BeforeValidator(_initializer), WithJsonSchema(_json_schema())]
+
+
+# --- What an initializer can draw -------------------------------------------------------------------
+
+#: Largest finite value of each dtype that can be drawn.
+_LARGEST = {
+    "F64": 1.7976931348623157e308,
+    "F32": 3.4028234663852886e38,
+    "C64": 3.4028234663852886e38,
+    "BF16": 3.3895313892515355e38,
+    "F16": 65504.0,
+    "F8_E5M2": 57344.0,
+    "F8_E5M2FNUZ": 57344.0,
+    "F8_E4M3": 448.0,
+    "F8_E4M3FNUZ": 240.0,
+}
+_REAL_ONLY = frozenset(("uniform", "trunc_normal", "xavier_uniform", "kaiming_uniform", "orthogonal", "sparse", "like"))
+_ANY_RANK = 64
+_NEEDS_RANK = {
+    "xavier_uniform": (2, _ANY_RANK),
+    "xavier_normal": (2, _ANY_RANK),
+    "kaiming_uniform": (2, _ANY_RANK),
+    "kaiming_normal": (2, _ANY_RANK),
+    "orthogonal": (2, _ANY_RANK),
+    "eye": (2, 2),
+    "sparse": (2, 2),
+    "dirac": (3, 5),
+}
+
+
+def refusal(init: Initializer, info: TensorInfo) -> str | None:
+    """Why the initializer cannot draw such a tensor; None where it can."""
+    if info.dtype not in _LARGEST:
+        return f"{info.dtype} cannot be drawn; only {', '.join(_LARGEST)} can"
+    if info.dtype == "C64" and init.name in _REAL_ONLY:
+        return f"{init.name} does not draw complex numbers"
+    low, high = _NEEDS_RANK.get(init.name, (0, _ANY_RANK))
+    rank = len(info.shape)
+    if not low <= rank <= high:
+        wanted = f"{low}" if low == high else f"{low} to {high}" if high < _ANY_RANK else f"{low} or more"
+        return f"{init.name} draws tensors of {wanted} dimensions, this one has {rank}: {list(info.shape)}"
+    if init.name == "dirac" and info.shape[0] % init.arguments["groups"]:
+        return f"dirac: {info.shape[0]} output channels cannot be parted into {init.arguments['groups']} groups"
+    if init.name == "constant" and abs(init.arguments["val"]) > _LARGEST[info.dtype]:
+        return f"constant: {init.arguments['val']} is out of the range of {info.dtype}"
+    return None

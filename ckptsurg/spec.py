@@ -1,0 +1,209 @@
+"""The spec: the document in which a person says what becomes of each tensor of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeAlias
+
+from pydantic import BeforeValidator, Field, PrivateAttr
+
+from .documents import Document, Model, Place, Text, canonical_json, describe_place, fail, read_text
+from .errors import Problem, SpecError, shown
+from .signatures import Init
+from .tensors import digest_of
+
+__all__ = [
+    "AddRule",
+    "ConfigEdits",
+    "Item",
+    "ReinitRule",
+    "Spec",
+    "Where",
+    "load_spec",
+]
+
+Dtype: TypeAlias = Literal[
+    "BOOL", "F4", "F6_E2M3", "F6_E3M2", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ",
+    "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64", "F64", "I64", "U64",
+]  # fmt: skip
+Size = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+# --- Selectors --------------------------------------------------------------------------------------
+
+
+class Where(Model):
+    """What else a selected tensor must be.
+
+    Attributes:
+        dtype: Its dtype, as the file spells it.
+        ndim: Its number of dimensions.
+        beside: The name of a sibling that it must have, such as ``running_mean``.
+    """
+
+    dtype: Dtype | None = None
+    ndim: Annotated[int, Field(ge=0)] | None = None
+    beside: Annotated[str, Field(min_length=1)] | None = None
+
+
+class Item(Model):
+    """One pattern and what is expected of it.
+
+    Attributes:
+        match: The pattern; with a leading ``!`` it takes away.
+        where: Filters what the pattern matched.
+        expect: How many tensors the item selects or takes away, exactly.
+        optional: Whether it may match nothing.
+    """
+
+    match: Annotated[str, Field(min_length=1)]
+    where: Where | None = None
+    expect: Annotated[int, Field(ge=0)] | None = None
+    optional: bool = False
+
+
+def _items(value: object) -> object:
+    """A pattern, a list or an object, written out as a list of objects."""
+    listed = value if isinstance(value, list | tuple) else [value]
+    if not listed:
+        raise fail("an empty list selects nothing; leave the key out")
+    return tuple({"match": item} if isinstance(item, str) else item for item in listed)
+
+
+_ItemInput: TypeAlias = str | Item
+Selector: TypeAlias = Annotated[
+    tuple[Item, ...], BeforeValidator(_items, json_schema_input_type=_ItemInput | list[_ItemInput])
+]
+
+
+# --- Rules ------------------------------------------------------------------------------------------
+
+
+def _shape(value: object) -> object:
+    """``{0: 10}``, ``{"0": 10}`` or a whole list; the keys of the first become numbers."""
+    if isinstance(value, list):
+        return tuple(value)
+    if not isinstance(value, dict):
+        return value
+    sizes: dict[object, object] = {}
+    for key, size in value.items():
+        dimension = int(key) if isinstance(key, str) and key.lstrip("-").isdecimal() and len(key) < 10 else key
+        if not isinstance(dimension, int) or isinstance(dimension, bool):
+            raise fail(f'a dimension is a whole number, found "{shown(key, 40)}"; write {{0: 10}}')
+        if dimension in sizes:
+            raise fail(f"the dimension {dimension} stands twice")
+        sizes[dimension] = size
+    return sizes
+
+
+Shape: TypeAlias = Annotated[
+    tuple[Size, ...] | dict[int, Size],
+    BeforeValidator(_shape, json_schema_input_type=list[Size] | dict[str, Size]),
+]
+
+
+class ReinitRule(Item):
+    """Tensors to draw anew.
+
+    Attributes:
+        shape: New sizes, by dimension or as a whole; None leaves the shape as it is.
+        init: What to draw.
+        keep: Whether the part that overlaps the old tensor keeps its bits.
+        frozen: Whether the drawn tensor is frozen.
+    """
+
+    shape: Shape | None = None
+    init: Init
+    keep: bool = False
+    frozen: bool = False
+
+
+class AddRule(Model):
+    """A tensor that the base does not have."""
+
+    name: Annotated[str, Field(min_length=1)]
+    shape: tuple[Size, ...]
+    dtype: Dtype
+    init: Init
+    frozen: bool = False
+
+
+class ConfigEdits(Model):
+    """Edits to the folder's config.json.
+
+    Attributes:
+        set: Values by dotted path.
+        unset: Dotted paths to remove.
+    """
+
+    set: dict[str, Any] = Field(default_factory=dict)
+    unset: tuple[str, ...] = ()
+
+
+class Spec(Document):
+    """What becomes of each tensor of a base. A spec has no order: each tensor gets one fate.
+
+    Attributes:
+        name: What the spec is called.
+        seed: Seed of all drawn values.
+        drop: Tensors that the output does not have.
+        freeze: Tensors that training must not change; all else trains.
+        train: Tensors that training changes; all else is frozen.
+        reinit: Tensors to draw anew.
+        add: Tensors that the base does not have.
+        config: Edits to config.json.
+    """
+
+    error = SpecError
+
+    version: Literal[1] = Field(description="Version of this document's form.")
+    name: str | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    drop: Selector | None = None
+    freeze: Selector | None = None
+    train: Selector | None = None
+    reinit: tuple[ReinitRule, ...] = ()
+    add: tuple[AddRule, ...] = ()
+    config: ConfigEdits | None = None
+
+    _text: Text = PrivateAttr(default_factory=lambda: Text("spec", None))
+
+    @classmethod
+    def from_text(cls, text: Text) -> Self:
+        spec = super().from_text(text)
+        spec._text = text
+        return spec
+
+    @classmethod
+    def of_patterns(cls, freeze: str | Iterable[Any]) -> Self:
+        """The spec that only freezes."""
+        selector = freeze if isinstance(freeze, str) else list(freeze)
+        return cls.from_text(Text("patterns", {"version": 1, "freeze": selector}))
+
+    @property
+    def label(self) -> str:
+        return self._text.label
+
+    @property
+    def digest(self) -> str:
+        """Digest of the validated spec as canonical JSON: how it was written does not matter."""
+        return digest_of([canonical_json(self.model_dump(mode="json"))])
+
+    def problem(self, place: Place, message: str) -> Problem:
+        """A problem at a place of the document as the user wrote it."""
+        return Problem(self.written(place), message, self._text.line(place))
+
+    def written(self, place: Place) -> str:
+        """The path of a place: ``freeze`` where the user wrote one pattern, ``freeze[1]`` in a list."""
+        return describe_place(self._text.nearest(place))
+
+
+def load_spec(path: str | Path) -> Spec:
+    """Read a spec, YAML or (where the name ends in ``.json``) JSON.
+
+    Raises:
+        SpecError: with every problem at once, each with its line and path.
+        UsageError: if there is no such file.
+    """
+    return Spec.from_text(read_text(Path(path), SpecError))

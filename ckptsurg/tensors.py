@@ -1,0 +1,127 @@
+"""What a tensor is to ckptsurg: a dtype, a shape and raw bytes. Nothing here decodes a value."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol, TypeAlias
+
+from blake3 import blake3
+
+__all__ = [
+    "ALGORITHMS",
+    "CHUNK_BYTES",
+    "DTYPE_BITS",
+    "Buffer",
+    "Hasher",
+    "TensorInfo",
+    "TensorSource",
+    "digest_of",
+]
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+#: How much of a tensor is in memory at a time, in bytes. A multiple of every element size,
+#: three-byte groups of F6 included, so that a chunk never ends inside an element.
+CHUNK_BYTES = 3 << 20
+
+#: Bits per element of every dtype of the safetensors format, by the format's own names
+#: (``Dtype::bitsize`` in safetensors/src/tensor.rs, 0.6 and later).
+DTYPE_BITS: dict[str, int] = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor without its values.
+
+    Attributes:
+        dtype: One of ``DTYPE_BITS``.
+        shape: Size of each dimension, in elements.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes; sub-byte elements are packed and fill whole bytes."""
+        return self.elements * DTYPE_BITS[self.dtype] // 8
+
+    @property
+    def alignment(self) -> int:
+        """Bytes that the offset of the tensor should be a multiple of."""
+        return max(1, DTYPE_BITS[self.dtype] // 8)
+
+    def __str__(self) -> str:
+        return f"{self.dtype} [{', '.join(map(str, self.shape))}]"
+
+
+class TensorSource(Protocol):
+    """Named tensors whose bytes can be read: a checkpoint, or a live model."""
+
+    @property
+    def label(self) -> str:
+        """How messages call the source: a path, or the class of a model."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor by name."""
+
+    def read(self, name: str) -> Iterator[Buffer]:
+        """The little-endian bytes of one tensor, in chunks of ``CHUNK_BYTES`` (the last may be less).
+
+        A chunk is valid until the next one is asked for.
+        """
+
+
+class Hasher(Protocol):
+    """What ``hashlib`` and ``blake3`` objects have in common."""
+
+    def update(self, data: Buffer, /) -> object: ...
+
+    def hexdigest(self) -> str: ...
+
+
+def _blake3() -> Hasher:
+    return blake3(max_threads=blake3.AUTO)
+
+
+#: Digest algorithms by name; both have 32 bytes of output.
+ALGORITHMS = {"blake3": _blake3, "sha256": hashlib.sha256}
+
+
+def digest_of(chunks: Iterable[Buffer], algorithm: str = "blake3") -> str:
+    """The digest of the concatenated chunks, as ``algorithm:hexadecimal``."""
+    hasher: Hasher = ALGORITHMS[algorithm]()
+    for chunk in chunks:
+        hasher.update(chunk)
+    return f"{algorithm}:{hasher.hexdigest()}"
