@@ -54,7 +54,7 @@ _HOMES = {
     "verify": "api",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605 - the same names, kept in one place
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -4,31 +4,46 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from . import planning, rewriting, verifying
+from .aligning import Renaming
 from .checkpoints import Checkpoint
 from .config import edited_config
-from .documents import Text
-from .errors import Problem, SpecError, UsageError, shown
+from .documents import Document
+from .errors import DocumentError, Problem, SpecError, UsageError, shown
 from .formats import open_checkpoint
 from .formats.folder import companions
+from .inspection import Inspection, inspect_checkpoint
 from .manifest import Manifest, load_manifest
-from .naming import Renaming
 from .plan import Plan
 from .report import DiffReport, Report
 from .spec import Spec, load_spec
 from .tensors import ALGORITHMS, TensorSource
+from .texts import Text, read_text
 
 if TYPE_CHECKING:
     import torch
 
     from .integrations.pytorch import FrozenModel
 
-__all__ = ["diff", "freeze", "load_manifest", "load_spec", "make_manifest", "plan", "rewrite", "verify"]
+__all__ = [
+    "diff",
+    "freeze",
+    "inspect",
+    "load_manifest",
+    "load_names",
+    "load_spec",
+    "make_manifest",
+    "plan",
+    "rewrite",
+    "schema",
+    "verify",
+    "write_manifest",
+]
 
 PathLike: TypeAlias = "str | Path"
 SpecLike: TypeAlias = "PathLike | Spec | Mapping[str, Any]"
@@ -36,6 +51,17 @@ ManifestLike: TypeAlias = "PathLike | Manifest"
 #: A checkpoint, by path or opened; a live model; a state dict.
 TensorsLike: TypeAlias = "PathLike | TensorSource | torch.nn.Module | Mapping[str, torch.Tensor]"
 Progress: TypeAlias = Callable[[int, int], None]
+
+
+def inspect(ckpt: PathLike | Checkpoint, patterns: Sequence[str] = ()) -> Inspection:
+    """The contents of a checkpoint, or what patterns select of it. Only headers are read.
+
+    Raises:
+        SpecError: if a pattern cannot be read or selects nothing.
+        CheckpointError: if the checkpoint is malformed.
+    """
+    with _checkpoint(ckpt) as opened:
+        return inspect_checkpoint(opened, patterns)
 
 
 def plan(spec: SpecLike, ckpt: PathLike | Checkpoint) -> Plan:
@@ -182,6 +208,41 @@ def verify(
         )
 
 
+def write_manifest(manifest: Manifest, path: PathLike, *, overwrite: bool = False) -> None:
+    """Publish a manifest by itself.
+
+    Raises:
+        UsageError: if the path exists and is not to be overwritten.
+    """
+    target = Path(path)
+    if target.exists() and not overwrite:
+        raise UsageError(f"{shown(target)}: exists already", hint="--overwrite replaces it")
+    rewriting.write_manifest(manifest, target, overwrite=overwrite)
+
+
+def load_names(path: PathLike) -> dict[str, str]:
+    """Read a map from trained names to the manifest's, YAML or JSON.
+
+    Raises:
+        DocumentError: if it does not map text to text.
+    """
+    text = read_text(Path(path), DocumentError)
+    if not isinstance(text.data, dict) or not all(
+        isinstance(key, str) and isinstance(value, str) for key, value in text.data.items()
+    ):
+        raise DocumentError(text.label, [Problem("", "expected a map from the trained names to the manifest's")])
+    return text.data
+
+
+def schema(document: str) -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a document: ``spec``, ``plan``, ``manifest`` or ``report``."""
+    kinds: dict[str, type[Document]] = {"spec": Spec, "plan": Plan, "manifest": Manifest, "report": Report}
+    name = kinds[document].__name__.lower()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": f"urn:ckptsurg:{name}:1"} | kinds[
+        document
+    ].model_json_schema()
+
+
 def diff(a: TensorsLike, b: TensorsLike, *, progress: Progress | None = None) -> DiffReport:
     """Compare two checkpoints, models or state dicts, tensor by tensor, bit by bit."""
     with _source(a) as one, _source(b) as other:
@@ -242,7 +303,7 @@ def _source(given: TensorsLike) -> Iterator[TensorSource]:
 
         yield TorchTensors(given, "the state dict")
     elif hasattr(given, "tensors") and hasattr(given, "read"):
-        yield given
+        yield cast("TensorSource", given)
     else:
         raise UsageError(f"expected a path, checkpoint, model or state dict, found {shown(type(given).__name__)}")
 

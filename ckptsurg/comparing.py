@@ -6,6 +6,7 @@ The bytes decide. Values are looked at only to say how large a difference is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,6 +110,6 @@ def _differ(old: NDArray[np.generic], new: NDArray[np.generic]) -> NDArray[np.bo
     return np.asarray(old.view(raw) != new.view(raw))
 
 
-def _values(array: NDArray[np.generic]) -> NDArray[np.generic]:
+def _values(array: NDArray[np.generic]) -> NDArray[Any]:
     """Numbers that can be subtracted."""
     return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)

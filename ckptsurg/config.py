@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .documents import parse_json
 from .errors import CheckpointError, Problem, SpecError, SystemFailure, shown
 from .spec import Spec
+from .texts import parse_json
 
 __all__ = ["CONFIG_NAME", "edited_config"]
 

@@ -14,8 +14,10 @@ from .tensors import TensorInfo
 __all__ = ["Ambiguous", "resolve_default"]
 
 _NORMS = frozenset(
-    "BatchNorm1d BatchNorm2d BatchNorm3d SyncBatchNorm InstanceNorm1d InstanceNorm2d InstanceNorm3d "
-    "GroupNorm LayerNorm RMSNorm".split()
+    (
+        *("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "GroupNorm", "LayerNorm", "RMSNorm"),
+        *("InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"),
+    )
 )
 _RECURRENT = frozenset(("RNN", "LSTM", "GRU"))
 
@@ -55,7 +57,7 @@ def _owner(name: str, info: TensorInfo, siblings: Mapping[str, TensorInfo]) -> s
         return "MultiheadAttention"
     if name not in ("weight", "bias") or weight is None:
         raise Ambiguous(
-            f"`default` cannot tell which module owns it: no sibling called weight; write {_line('Linear')}, or another init"
+            f"`default` cannot tell which module owns it, no sibling is called weight; write {_line('Linear')}"
         )
     rank = len(weight.shape)
     if bias is not None and weight.shape == bias.shape:
@@ -65,7 +67,9 @@ def _owner(name: str, info: TensorInfo, siblings: Mapping[str, TensorInfo]) -> s
     if bias is None and rank == 1:
         raise Ambiguous(f"`default` cannot tell a norm from a PReLU; write {_line('RMSNorm')} or {_line('PReLU')}")
     if bias is None and rank == 2:
-        raise Ambiguous(f"`default` cannot tell a Linear from an Embedding; write {_line('Linear')} or {_line('Embedding')}")
+        raise Ambiguous(
+            f"`default` cannot tell a Linear from an Embedding; write {_line('Linear')} or {_line('Embedding')}"
+        )
     if rank < 2:
         raise Ambiguous(f"`default` knows no module with a weight of shape {list(weight.shape)}; write another init")
     return "Linear" if rank == 2 else "Conv2d"
@@ -100,7 +104,9 @@ def _linear_or_convolution(name: str, info: TensorInfo, siblings: Mapping[str, T
         return Initializer(name="kaiming_uniform", arguments=arguments)
     weight = siblings.get("weight")
     if weight is None or len(weight.shape) < 2:
-        raise Ambiguous("`default` needs the fan-in of the weight beside this bias, and there is none; write init: zeros")
+        raise Ambiguous(
+            "`default` needs the fan-in of the weight beside this bias, and there is none; write init: zeros"
+        )
     fan_in = prod(weight.shape[1:])
     return _uniform(1 / sqrt(fan_in)) if fan_in else _ZEROS
 

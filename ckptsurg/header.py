@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .checkpoints import Extent, StoredFile
-from .documents import parse_json
 from .errors import CheckpointError, SystemFailure, UsageError, shown
 from .tensors import DTYPE_BITS, TensorInfo, digest_of
+from .texts import parse_json
 
 __all__ = ["MAX_HEADER_BYTES", "OpenedFile", "encode_header", "open_file"]
 
@@ -101,13 +101,11 @@ def _read_header(descriptor: int, size: int, label: str) -> bytes:
     length = int.from_bytes(prefix[:_LENGTH_BYTES], "little")
     header = b""
     if 0 < length <= min(MAX_HEADER_BYTES, size - _LENGTH_BYTES):
-        chunks = []
-        while (missing := length - sum(map(len, chunks))) > 0:
-            chunk = os.pread(descriptor, missing, _LENGTH_BYTES + length - missing)
+        while (missing := length - len(header)) > 0:
+            chunk = os.pread(descriptor, missing, _LENGTH_BYTES + len(header))
             if not chunk:
                 raise CheckpointError(f"{label}: was cut short while its header was read")
-            chunks.append(chunk)
-        header = b"".join(chunks)
+            header += chunk
         if header.startswith(b"{"):
             return header
     # Only now that it cannot be a safetensors file is it asked what else it is: a header length of
@@ -124,7 +122,8 @@ def _read_header(descriptor: int, size: int, label: str) -> bytes:
         raise CheckpointError(f"{label}: the header length is big-endian; the format has it little-endian")
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(
-            f"{label}: the header length is {length:,}; at most {MAX_HEADER_BYTES:,} is allowed", hint="is it safetensors?"
+            f"{label}: the header length is {length:,}; at most {MAX_HEADER_BYTES:,} is allowed",
+            hint="is it safetensors?",
         )
     raise CheckpointError(
         f"{label}: the header should have {length:,} bytes, but the file has {size - _LENGTH_BYTES:,} after its length",
@@ -137,7 +136,9 @@ def _parse_header(header: bytes, label: str) -> tuple[Mapping[str, str] | None, 
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as failure:
-        raise CheckpointError(f"{label}: the header is not UTF-8: byte {failure.start:,} is 0x{body[failure.start]:02x}") from None
+        raise CheckpointError(
+            f"{label}: the header is not UTF-8: byte {failure.start:,} is 0x{body[failure.start]:02x}"
+        ) from None
     if not text.endswith("}"):
         raise CheckpointError(f'{label}: the header must end with "}}" and spaces, found 0x{body[-1]:02x}')
     try:
@@ -219,7 +220,10 @@ def _check_layout(
 
 
 def encode_header(
-    tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None, page: int | None = None, page_bytes: int = 4096
+    tensors: Mapping[str, TensorInfo],
+    metadata: Mapping[str, str] | None,
+    page: int | None = None,
+    page_bytes: int = 4096,
 ) -> bytes:
     """The length and header of a file whose tensors follow one another in the order given.
 
@@ -243,5 +247,7 @@ def encode_header(
     padding = -start % 8 if page is None else (page - start) % page_bytes
     length = len(body) + padding
     if length > MAX_HEADER_BYTES:
-        raise CheckpointError(f"the output's header would have {length:,} bytes; at most {MAX_HEADER_BYTES:,} is allowed")
+        raise CheckpointError(
+            f"the output's header would have {length:,} bytes; at most {MAX_HEADER_BYTES:,} is allowed"
+        )
     return length.to_bytes(_LENGTH_BYTES, "little") + body + b" " * padding

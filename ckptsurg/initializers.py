@@ -47,7 +47,8 @@ def element_type(dtype: str) -> np.dtype[np.generic]:
         "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F4": "float4_e2m1fn",
         "F6_E2M3": "float6_e2m3fn", "F6_E3M2": "float6_e3m2fn",
     }  # fmt: skip
-    return np.dtype(getattr(ml_dtypes, extended[dtype]))
+    found: np.dtype[np.generic] = np.dtype(getattr(ml_dtypes, extended[dtype]))
+    return found
 
 
 class Drawing:
@@ -193,7 +194,7 @@ def _eye(drawing: Drawing) -> _Values:
 
     def values(start: int, stop: int) -> NDArray[np.generic]:
         row, column = np.divmod(np.arange(start, stop), columns)
-        return (row == column).astype(np.float64)
+        return np.asarray(row == column, np.float64)
 
     return values
 
@@ -205,7 +206,7 @@ def _dirac(drawing: Drawing, groups: int) -> _Values:
     def values(start: int, stop: int) -> NDArray[np.generic]:
         channel, inside = np.divmod(np.arange(start, stop), prod(kernel))
         output, source = np.divmod(channel, inputs)
-        return ((output % (outputs // groups) == source) & (inside == centre)).astype(np.float64)
+        return np.asarray((output % (outputs // groups) == source) & (inside == centre), np.float64)
 
     return values
 

@@ -138,7 +138,9 @@ def _file(
     extents: Mapping[str, Extent],
 ) -> OutputFile:
     ordered, page = arrange(tensors, extents)
-    return OutputFile(name, ordered, encode_header({tensor.name: tensor.info for tensor in ordered}, metadata, page, PAGE))
+    return OutputFile(
+        name, ordered, encode_header({tensor.name: tensor.info for tensor in ordered}, metadata, page, PAGE)
+    )
 
 
 # --- Order ------------------------------------------------------------------------------------------
@@ -174,9 +176,7 @@ class _Chain:
     shared: int
 
 
-def arrange(
-    tensors: Sequence[PlannedTensor], extents: Mapping[str, Extent]
-) -> tuple[list[PlannedTensor], int | None]:
+def arrange(tensors: Sequence[PlannedTensor], extents: Mapping[str, Extent]) -> tuple[list[PlannedTensor], int | None]:
     """The order of a file's tensors, every one aligned to its dtype, as many copied ranges as possible in phase.
 
     Args:

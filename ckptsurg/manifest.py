@@ -8,11 +8,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints
 
-from .documents import Document, Model, Text, canonical_json, parse_json, read_bytes
+from .documents import Document, Model, canonical_json
 from .errors import ManifestError, Problem, enumerate_names, shown
 from .tensors import DTYPE_BITS, TensorInfo, digest_of
+from .texts import Text, parse_json, read_bytes
 
 __all__ = ["BaseFile", "Manifest", "TensorRecord", "load_manifest", "manifest_path"]
 
@@ -212,5 +213,7 @@ def _contradictions(manifest: Manifest) -> Iterable[Problem]:
         yield Problem("counts", f"do not match the tensors: the manifest says {manifest.counts}, they give {counts}")
     if set(map(tuple, manifest.tied)) != set(_tied(manifest.tensors)):
         yield Problem("tied", "does not match the digests of the frozen tensors")
-    if both := [name for name in manifest.dropped if name in manifest.tensors and manifest.tensors[name].origin != "added"]:
+    if both := [
+        name for name in manifest.dropped if name in manifest.tensors and manifest.tensors[name].origin != "added"
+    ]:
         yield Problem("dropped", f"{enumerate_names(both)}: dropped, and yet there")

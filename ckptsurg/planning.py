@@ -9,14 +9,14 @@ from functools import cached_property
 import numpy as np
 
 from .defaults import Ambiguous, resolve_default
-from .documents import Place
 from .errors import Problem, SpecError, enumerate_names, shown
-from .patterns import BoolArray, IntArray, Names
+from .matching import BoolArray, IntArray, Names
 from .plan import Plan, PlannedTensor
 from .selectors import Selection, Space, module_and_leaf, select
 from .signatures import Initializer, refusal
-from .spec import Item, ReinitRule, Spec
+from .spec import AddRule, Item, ReinitRule, Spec
 from .tensors import TensorInfo, TensorSource
+from .texts import Place
 
 __all__ = ["plan"]
 
@@ -174,7 +174,8 @@ class _Draws:
         }
         added = {rule.name: TensorInfo(rule.dtype, rule.shape) for rule in spec.add}
         self._modules: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
-        if any(rule.init.name == "default" for rule in (*spec.reinit, *spec.add)):
+        rules: tuple[ReinitRule | AddRule, ...] = (*spec.reinit, *spec.add)
+        if any(rule.init.name == "default" for rule in rules):
             for name, info in {**left, **self.shapes, **added}.items():
                 module, leaf = module_and_leaf(name)
                 self._modules[module][leaf] = info

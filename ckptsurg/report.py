@@ -9,7 +9,7 @@ from pydantic import Field
 from .documents import Document, Model
 from .errors import FrozenWeightsChanged, counted, shown
 
-__all__ = ["Detail", "Difference", "DiffReport", "Report", "Verdict"]
+__all__ = ["Detail", "DiffReport", "Difference", "Report", "Verdict"]
 
 Verdict: TypeAlias = Literal[
     "changed", "dtype", "shape", "missing", "dtype_only", "sign_of_zero", "nan_payload", "added", "removed"
@@ -47,18 +47,24 @@ class Difference(Model):
 
     def describe(self) -> str:
         """One line for people."""
-        parts = [f"{shown(self.name)}: {_WORDS[self.verdict]}"]
+        parts = (f"{shown(self.name)}: {_WORDS[self.verdict]}", self.describe_detail())
+        cause = f"cause: {self.cause}" if self.cause else ""
+        return "; ".join(part for part in (*parts, cause) if part)
+
+    def describe_detail(self) -> str:
+        """The detail in words; empty where there is none."""
         if isinstance(self.detail, Detail):
             largest = self.detail.max_abs_diff
-            parts.append(
-                f"{counted(self.detail.elements_changed, 'element')}, first at {list(self.detail.first_index)}"
-                + (f", largest difference {largest:.6g}" if largest is not None else "")
-            )
-        elif self.detail and "expected" in self.detail:
-            parts.append(f"expected {self.detail['expected']}, found {self.detail['found']}")
-        if self.cause:
-            parts.append(f"cause: {self.cause}")
-        return "; ".join(parts)
+            place = f"{counted(self.detail.elements_changed, 'element')}, first at {list(self.detail.first_index)}"
+            return place if largest is None else f"{place}, largest difference {largest:.6g}"
+        if self.detail and "expected" in self.detail:
+            return f"expected {self.detail['expected']}, found {self.detail['found']}"
+        return ""
+
+    @property
+    def hint(self) -> str | None:
+        """The next step, where one is known."""
+        return self.detail.get("hint") if isinstance(self.detail, dict) else None
 
 
 _WORDS: dict[Verdict, str] = {
@@ -106,6 +112,7 @@ class Report(Document):
             lines = lines[: len(self.drifted)]
         more = [f"... and {len(lines) - limit:,} more"] if len(lines) > limit else []
         count = sum(difference.verdict != "dtype_only" for difference in self.drifted) or len(self.drifted)
+        more += sorted({f"hint: {difference.hint}" for difference in self.drifted if difference.hint})
         head = f"{counted(count, 'frozen tensor')} changed:" if self.drifted else "not exactly the manifest's tensors:"
         return "\n  ".join([head, *lines[:limit], *more])
 

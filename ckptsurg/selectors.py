@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .documents import Place
 from .errors import Problem, counted, enumerate_names, shown
-from .patterns import BoolArray, IntArray, Names, PatternError
+from .matching import BoolArray, IntArray, Names
+from .patterns import PatternError
 from .spec import Item, Spec, Where
 from .tensors import TensorInfo
+from .texts import Place
 
 __all__ = ["Selection", "Space", "module_and_leaf", "select"]
 
@@ -80,7 +81,9 @@ def select(spec: Spec, place: Place, items: Sequence[Item], space: Space) -> Sel
         negative = item.match.startswith("!") and not exact
         pattern = item.match[1:] if negative else item.match
         if negative and position == 0:
-            problems.append(spec.problem(here, f'begins with "{shown(item.match)}"; a list begins with what it selects'))
+            problems.append(
+                spec.problem(here, f'begins with "{shown(item.match)}"; a list begins with what it selects')
+            )
             continue
         try:
             hits = space.names.match(pattern)
@@ -158,5 +161,3 @@ def _slips(place: str, item: Item, pattern: str, total: BoolArray, space: Space)
     if more <= found:
         return []
     return [f'{place}: "{shown(item.match)}" selects {counted(found)}; "{shown(deeper)}" would select {more:,}']
-
-

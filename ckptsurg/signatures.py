@@ -6,15 +6,16 @@ underscore; ``default`` and ``like`` are ours.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema, model_serializer
+from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema, model_serializer, model_validator
 
 from .documents import Model, fail, suggest
 from .errors import shown
 from .tensors import TensorInfo
 
 __all__ = ["MODULES", "Init", "Initializer", "refusal"]
+
 
 class _NoArguments(Model):
     pass
@@ -28,13 +29,21 @@ class _Uniform(Model):
     a: float = 0.0
     b: float = 1.0
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.a > self.b:
+            raise fail(f"a ({self.a}) must not be above b ({self.b})")
+        return self
+
 
 class _Normal(Model):
     mean: float = 0.0
     std: Annotated[float, Field(ge=0)] = 1.0
 
 
-class _TruncNormal(_Normal):
+class _TruncNormal(_Uniform):
+    mean: float = 0.0
+    std: Annotated[float, Field(ge=0)] = 1.0
     a: float = -2.0
     b: float = 2.0
 
@@ -147,13 +156,13 @@ def _checked_arguments(name: str, model: type[Model], arguments: dict[str, Any])
         filled = model.model_validate(arguments)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = first["loc"][-1] if first["loc"] else name
-        if first["type"] == "missing":
-            raise fail(f'{name}: the argument "{where}" is missing') from None
         message = first["msg"][0].lower() + first["msg"][1:]
-        raise fail(f"{name}: {where}: {message}, found {shown(first['input'], 40)}") from None
-    if name in ("uniform", "trunc_normal") and filled.a >= filled.b and not (name == "uniform" and filled.a == filled.b):  # type: ignore[attr-defined]
-        raise fail(f"{name}: a must be below b")
+        if not first["loc"]:
+            raise fail(f"{name}: {message}") from None
+        argument = first["loc"][-1]
+        if first["type"] == "missing":
+            raise fail(f'{name}: the argument "{argument}" is missing') from None
+        raise fail(f"{name}: {argument}: {message}, found {shown(first['input'], 40)}") from None
     return {key: value for key, value in filled.model_dump().items() if value is not None}
 
 

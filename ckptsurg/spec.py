@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import BeforeValidator, Field, PrivateAttr
 
-from .documents import Document, Model, Place, Text, canonical_json, describe_place, fail, read_text
+from .documents import Document, Model, canonical_json, fail
 from .errors import Problem, SpecError, shown
 from .signatures import Init
 from .tensors import digest_of
+from .texts import Place, Text, describe_place, read_text
 
 __all__ = [
     "AddRule",
@@ -197,6 +198,15 @@ class Spec(Document):
     def written(self, place: Place) -> str:
         """The path of a place: ``freeze`` where the user wrote one pattern, ``freeze[1]`` in a list."""
         return describe_place(self._text.nearest(place))
+
+    def pattern_at(self, written: str) -> str:
+        """The pattern, or name of an added tensor, of the rule at a path such as ``freeze[1]``; empty for none."""
+        rules: dict[str, str] = {}
+        for key in ("drop", "freeze", "train", "reinit"):
+            for position, item in enumerate(getattr(self, key) or ()):
+                rules[self.written((key, position))] = item.match
+        rules |= {self.written(("add", position)): rule.name for position, rule in enumerate(self.add)}
+        return rules.get(written, "")
 
 
 def load_spec(path: str | Path) -> Spec:

@@ -34,7 +34,7 @@ def words(key: int, start: int, stop: int) -> NDArray[np.uint64]:
     """
     block = start // 4
     skipped = start - 4 * block
-    generator = np.random.Philox(key=key, counter=block)  # type: ignore[arg-type]
+    generator = np.random.Philox(key=key, counter=block)
     return np.asarray(generator.random_raw(stop - start + skipped), np.uint64)[skipped:]
 
 

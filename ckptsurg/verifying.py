@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
+from .aligning import Renaming, align, common_prefix, renamer
 from .comparing import compare, is_wider, narrowed_digest, same_bits
 from .errors import ManifestError, Problem, UsageError, shown
 from .manifest import Manifest, TensorRecord
-from .naming import Renaming, align, common_prefix, renamer
 from .report import Difference, DiffReport, Report
 from .tensors import Buffer, TensorInfo, TensorSource, digest_of
 
@@ -94,9 +94,7 @@ class _Meter:
                 self._progress(min(self._done, self._total), self._total)
 
 
-def _check(
-    name: str, record: TensorRecord, trained: TensorSource, partner: str, meter: _Meter
-) -> Difference | None:
+def _check(name: str, record: TensorRecord, trained: TensorSource, partner: str, meter: _Meter) -> Difference | None:
     """One frozen tensor against its record; None if it has its dtype, shape and bits."""
     info, algorithm = trained.tensors[partner], record.digest.partition(":")[0]
     expected = {"expected": str(record.info), "found": str(info)}
@@ -148,7 +146,7 @@ def _with_prefix_hint(
     prefix = common_prefix(frozen, given)
     if prefix is None:
         return drifted
-    hint = {"hint": f'every frozen tensor is there with "{shown(prefix)}" before its name; verify with --prefix {shown(prefix)}'}
+    hint = {"hint": f"all of them stand under another prefix; verify with --prefix {shown(prefix)}"}
     return [Difference(name=difference.name, verdict="missing", detail=hint) for difference in drifted]
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..checkpoints import Checkpoint, Extent, Index, StoredFile
-from ..documents import parse_json
 from ..errors import CheckpointError, SystemFailure, UsageError, enumerate_names, shown
 from ..header import open_file
 from ..tensors import TensorInfo
+from ..texts import parse_json
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "companions", "open_folder", "open_index"]
 

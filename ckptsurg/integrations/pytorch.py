@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from ..aligning import Renaming, align, renamer
 from ..errors import FreezeError, FrozenWeightsChanged, UsageError, enumerate_names, shown
 from ..manifest import Manifest
-from ..naming import Renaming, align, renamer
 from ..report import Report
 from ..tensors import TensorSource
 from ..verifying import verify
@@ -143,8 +143,8 @@ def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
     """First byte of a tensor in its storage, and the one after its last."""
-    start = tensor.storage_offset() * tensor.element_size()
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = int(tensor.storage_offset()) * tensor.element_size()
+    last = sum((size - 1) * int(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + (last + 1) * tensor.element_size()
 
 
@@ -215,9 +215,7 @@ class FrozenModel:
         extra: Parameters that the manifest lacks; they are left as they were.
     """
 
-    def __init__(
-        self, model: nn.Module, manifest: Manifest, names: Renaming | None, extra: tuple[str, ...]
-    ) -> None:
+    def __init__(self, model: nn.Module, manifest: Manifest, names: Renaming | None, extra: tuple[str, ...]) -> None:
         self.model, self.manifest, self.extra = model, manifest, extra
         self._names = names
         self._found: list[_Found] = []
@@ -253,9 +251,7 @@ class FrozenModel:
         Args:
             baseline: The published tensors; with them the report says where tensors differ.
         """
-        return verify(
-            self.manifest, source_of(self.model), baseline=baseline, names=self._names, allow_widened=True
-        )
+        return verify(self.manifest, source_of(self.model), baseline=baseline, names=self._names, allow_widened=True)
 
     def guard(self, optimizer: torch.optim.Optimizer, *, every: int | None = None) -> Guard:
         """Watch the steps of an optimizer. Use the guard in a ``with``, or call its ``remove()``.

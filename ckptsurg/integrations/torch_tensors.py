@@ -52,7 +52,7 @@ class TorchTensors:
             return
         plain = tensor.detach().resolve_conj().resolve_neg()
         raw = plain.cpu().contiguous().reshape(-1).view(torch.uint8)
-        view = memoryview(raw.numpy())
+        view = raw.numpy().data
         for start in range(0, len(view), CHUNK_BYTES):
             yield view[start : start + CHUNK_BYTES]
 

@@ -1,0 +1,242 @@
+"""The commands. What they need is imported inside them, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from ..documents import Document
+
+__all__ = ["cli"]
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def _argument(name: str, **options: Any) -> Callable[[_Command], _Command]:
+    return click.argument(name, type=click.Path(path_type=Path), **options)
+
+
+def _path_option(*names: str, **options: Any) -> Callable[[_Command], _Command]:
+    return click.option(*names, type=click.Path(path_type=Path), **options)
+
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print the document alone, on standard output.")
+_digest = click.option(
+    "--digest", type=click.Choice(["blake3", "sha256"]), default="blake3", show_default=True, help="Digest algorithm."
+)
+_overwrite = click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="ckptsurg", message="%(prog)s %(version)s")
+def cli() -> None:
+    r"""Declarative surgery on model checkpoints, with proof that frozen weights stayed frozen.
+
+    A checkpoint (CKPT) is a .safetensors file, a model folder, or the index of a sharded checkpoint.
+
+    \b
+    Exit codes: 0 done, or identical; 1 verify or diff found a difference; 2 bad usage, spec or manifest;
+    3 a checkpoint that is malformed; 4 the system failed; 130 interrupted.
+    """
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+
+
+@cli.command()
+@_argument("ckpt")
+@click.argument("patterns", metavar="[PATTERN]...", nargs=-1)
+@_json
+def inspect(ckpt: Path, patterns: tuple[str, ...], as_json: bool) -> None:
+    """Show the tree of modules, or what patterns select.
+
+    Several patterns are a list as in a spec: the later one wins, and ! takes away.
+    """
+    from ..api import inspect
+    from . import rendering
+
+    result = inspect(ckpt, patterns)
+    if as_json:
+        _print_document(result)
+    else:
+        rendering.show_inspection(result, str(ckpt))
+
+
+@cli.command()
+@_argument("spec")
+@_argument("ckpt")
+@_json
+def plan(spec: Path, ckpt: Path, as_json: bool) -> None:
+    """Show what a rewrite would do. Only headers are read, nothing is written."""
+    from ..api import load_spec, plan
+    from . import rendering
+
+    loaded = load_spec(spec)
+    result = plan(loaded, ckpt)
+    if as_json:
+        _print_document(result)
+    else:
+        rendering.show_plan(loaded, result)
+
+
+@cli.command()
+@_argument("spec")
+@_argument("ckpt")
+@_path_option("-o", "--output", "out", required=True, help="A folder, or a file whose name ends in .safetensors.")
+@_path_option("--manifest", help="Put the manifest here (a folder keeps its own as well).")
+@_overwrite
+@click.option("--max-shard-size", metavar="SIZE", help="Split anew: 5GB, 500MB or bytes. Default: the base's shards.")
+@_digest
+@click.option("--keep-other-weights", is_flag=True, help="Bring other files of weights in the base's folder along.")
+@_json
+def rewrite(
+    spec: Path,
+    ckpt: Path,
+    out: Path,
+    manifest: Path | None,
+    overwrite: bool,
+    max_shard_size: str | None,
+    digest: str,
+    keep_other_weights: bool,
+    as_json: bool,
+) -> None:
+    """Publish the checkpoint that a spec describes, and its manifest."""
+    from ..api import rewrite
+    from . import rendering
+
+    with rendering.progress("rewrite") as report:
+        result = rewrite(
+            spec,
+            ckpt,
+            out,
+            manifest=manifest,
+            overwrite=overwrite,
+            max_shard_size=max_shard_size,
+            digest=digest,
+            keep_other_weights=keep_other_weights,
+            progress=report,
+        )
+    if as_json:
+        _print_document(result)
+    else:
+        rendering.show_manifest(result, out, manifest)
+
+
+@cli.command()
+@_argument("spec")
+@_argument("ckpt")
+@_path_option("-o", "--output", "out", required=True, help="The manifest to write.")
+@_overwrite
+@_digest
+@_json
+def manifest(spec: Path, ckpt: Path, out: Path, overwrite: bool, digest: str, as_json: bool) -> None:
+    """Write the manifest of a checkpoint that is trained as it is."""
+    from ..api import make_manifest, write_manifest
+    from . import rendering
+
+    with rendering.progress("manifest") as report:
+        result = make_manifest(spec, ckpt, digest=digest, progress=report)
+    write_manifest(result, out, overwrite=overwrite)
+    if as_json:
+        _print_document(result)
+    else:
+        rendering.show_manifest(result, None, out)
+
+
+@cli.command()
+@_argument("manifest")
+@_argument("ckpt")
+@_path_option("--baseline", metavar="CKPT", help="The published checkpoint: shows where tensors differ.")
+@click.option("--root", metavar="DIGEST", help="The manifest's root or frozen_root, if it is pinned.")
+@click.option("--exact", is_flag=True, help="Extra tensors and missing trainable ones count as differences.")
+@click.option("--prefix", metavar="P", help="Take P off the names in CKPT.")
+@_path_option("--names", metavar="MAP", help="A JSON or YAML map from names in CKPT to names in the manifest.")
+@click.option("--allow-widened", is_flag=True, help="Accept the same values in a wider dtype.")
+@_json
+@click.pass_context
+def verify(
+    context: click.Context,
+    manifest: Path,
+    ckpt: Path,
+    baseline: Path | None,
+    root: str | None,
+    exact: bool,
+    prefix: str | None,
+    names: Path | None,
+    allow_widened: bool,
+    as_json: bool,
+) -> int:
+    """Prove that every frozen tensor of a trained checkpoint has its bits."""
+    from ..api import load_names, verify
+    from . import rendering
+
+    with rendering.progress("verify") as report:
+        result = verify(
+            manifest,
+            ckpt,
+            baseline=baseline,
+            names=None if names is None else load_names(names),
+            prefix=prefix,
+            root=root,
+            exact=exact,
+            allow_widened=allow_widened,
+            progress=report,
+        )
+    if as_json:
+        _print_document(result)
+    else:
+        rendering.show_report(result, exact=exact)
+    return 0 if result.ok else 1
+
+
+@cli.command()
+@_argument("a")
+@_argument("b")
+@_json
+def diff(a: Path, b: Path, as_json: bool) -> int:
+    """Compare two checkpoints, tensor by tensor, bit by bit."""
+    from ..api import diff
+    from . import rendering
+
+    with rendering.progress("diff") as report:
+        result = diff(a, b, progress=report)
+    if as_json:
+        _print_document(result)
+    else:
+        rendering.show_diff(result)
+    return 0 if result.ok else 1
+
+
+@cli.command()
+@click.argument("document", type=click.Choice(["spec", "plan", "manifest", "report"]))
+@click.option("--json", "as_json", is_flag=True, help="The schema is JSON in any case.")
+def schema(document: str, as_json: bool) -> None:
+    """Print the JSON Schema of a document."""
+    import json
+
+    from ..api import schema
+
+    click.echo(json.dumps(schema(document), indent=2))
+
+
+@cli.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the two reports alone, on standard output.")
+def demo(folder: Path, as_json: bool) -> None:
+    """Run the main job on real data: train, rewrite, fine-tune and verify a small network in DIR."""
+    from ..errors import UsageError
+
+    try:
+        from ..demo import run
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"the demo needs {error.name}, which is not installed", hint="pip install 'ckptsurg[demo]'"
+        ) from None
+    run(folder, as_json=as_json)
+
+
+def _print_document(document: Document) -> None:
+    click.echo(document.to_json())

@@ -1,0 +1,230 @@
+"""How results look on a terminal. Results go to standard output, progress to standard error."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import counted, enumerate_names, shown
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from ..inspection import Inspection
+    from ..manifest import Manifest
+    from ..plan import Plan, PlannedTensor
+    from ..report import Difference, DiffReport, Report
+    from ..spec import Spec
+
+__all__ = ["progress", "show_diff", "show_inspection", "show_manifest", "show_plan", "show_report", "size"]
+
+_ROWS = 40
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # Into a pipe nothing is wrapped: the reader is a program or a pager.
+    return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 200)
+
+
+def size(count: float) -> str:
+    """``102.5 MB``, in powers of ten."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def parameters(count: float) -> str:
+    """``25.6 M``."""
+    for unit in ("", " k", " M"):
+        if count < 1000:
+            return f"{count:.0f}" if not unit else f"{count:.1f}{unit}"
+        count /= 1000
+    return f"{count:.1f} B"
+
+
+@contextmanager
+def progress(task: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar with bytes, bytes a second and the time left, on standard error if that is a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(task), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        identifier = bar.add_task(task, total=None)
+        yield lambda done, total: bar.update(identifier, completed=done, total=total)
+
+
+# --- inspect ----------------------------------------------------------------------------------------
+
+
+def show_inspection(inspection: Inspection, label: str) -> None:
+    from rich.text import Text
+    from rich.tree import Tree
+
+    from .tree import Node, build
+
+    def add(tree: Tree, node: Node) -> None:
+        children = node.folded()
+        for text, child in children[:_ROWS]:
+            line = Text(shown(text))
+            if child.info is not None:
+                line.append(f"  {child.info}", style="cyan")
+                line.append(f"  {size(child.info.nbytes)}", style="dim")
+            else:
+                copies = f"{child.copies} x " if child.copies > 1 else ""
+                line.append(f"  {copies}{parameters(child.elements)} parameters, {size(child.nbytes)}", style="dim")
+            add(tree.add(line), child)
+        if len(children) > _ROWS:
+            tree.add(Text(f"... and {len(children) - _ROWS:,} more; give a pattern to see them", style="yellow"))
+
+    root = build(inspection.infos)
+    head = Text(shown(label), style="bold")
+    head.append(
+        f"  {counted(len(inspection.tensors))}, {parameters(root.elements)} parameters, {size(root.nbytes)}"
+        f" in {counted(len(inspection.files), 'file')}",
+        style="not bold",
+    )
+    tree = Tree(head, guide_style="dim")
+    add(tree, root)
+    _console().print(tree)
+    for key, value in list(inspection.metadata.items())[:_ROWS]:
+        _console().print(Text(f"metadata {shown(key)}: {shown(value, 100)}", style="dim"))
+
+
+# --- plan -------------------------------------------------------------------------------------------
+
+_FATES = {
+    ("copy", True): ("frozen", "cyan"),
+    ("copy", False): ("trains", "green"),
+    ("drop", False): ("dropped", "red"),
+    ("reinit", False): ("drawn, trains", "yellow"),
+    ("reinit", True): ("drawn, frozen", "yellow"),
+    ("add", False): ("added, trains", "magenta"),
+    ("add", True): ("added, frozen", "magenta"),
+}
+
+
+def show_plan(spec: Spec, plan: Plan) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    groups: dict[tuple[str, bool, str | None], list[PlannedTensor]] = defaultdict(list)
+    for tensor in plan.tensors:
+        groups[tensor.action, tensor.frozen, tensor.rule].append(tensor)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("fate", "rule", "pattern"):
+        table.add_column(heading, no_wrap=heading != "pattern")
+    table.add_column("tensors", justify="right")
+    table.add_column("parameters", justify="right")
+    table.add_column("size", justify="right")
+    table.add_column("for example", overflow="ellipsis", no_wrap=True)
+    order = list(_FATES)
+    for (action, frozen, rule), tensors in sorted(groups.items(), key=lambda item: order.index(item[0][:2])):
+        fate, style = _FATES[action, frozen]
+        table.add_row(
+            Text(fate, style=style),
+            rule or "",
+            shown(spec.pattern_at(rule), 40) if rule else "",
+            f"{len(tensors):,}",
+            parameters(sum(tensor.info.elements for tensor in tensors)),
+            size(sum(tensor.info.nbytes for tensor in tensors)),
+            shown(tensors[0].name, 60),
+        )
+    console = _console()
+    console.print(table)
+    output = plan.output
+    console.print()
+    console.print(
+        f"output: {counted(len(output))}, {size(sum(tensor.info.nbytes for tensor in output))}; "
+        f"{plan.counts['frozen']:,} frozen, {plan.counts['trainable']:,} trainable"
+    )
+    for note in plan.notes:
+        console.print(Text("note: ", style="yellow").append(note, style="default"))
+
+
+# --- rewrite, manifest ------------------------------------------------------------------------------
+
+
+def show_manifest(manifest: Manifest, out: Path | None, manifest_at: Path | None) -> None:
+    from ..manifest import manifest_path
+
+    counts = manifest.counts
+    total = sum(record.info.nbytes for record in manifest.tensors.values())
+    said = ", ".join(
+        f"{counts[key]:,} {key}" for key in ("frozen", "trainable", "reinitialised", "added", "dropped") if counts[key]
+    )
+    console = _console()
+    if out is not None:
+        console.print(f"published    {shown(out)}  {counted(len(manifest.tensors))}, {size(total)}: {said}")
+    else:
+        console.print(f"described    {counted(len(manifest.tensors))}, {size(total)}: {said}")
+    place = manifest_at or (manifest_path(out) if out is not None else None)
+    console.print(f"manifest     {shown(place)}")
+    console.print(f"root         {manifest.root}", soft_wrap=True)
+    console.print(f"frozen_root  {manifest.frozen_root}", soft_wrap=True)
+
+
+# --- verify, diff -----------------------------------------------------------------------------------
+
+
+def show_report(report: Report, *, exact: bool) -> None:
+    from rich.text import Text
+
+    console = _console()
+    drifted = [difference for difference in report.drifted if difference.verdict != "dtype_only" or not report.ok]
+    if not report.drifted:
+        head = f"{counted(report.verified, 'frozen tensor')} verified: every one has its bits"
+    elif report.ok:
+        head = f"{counted(report.verified, 'frozen tensor')} verified, {len(report.drifted):,} in a wider dtype"
+    else:
+        head = f"{counted(len(drifted), 'frozen tensor')} drifted, {report.verified:,} verified"
+    console.print(
+        Text("ok     " if report.ok else "FAILED ", style="bold green" if report.ok else "bold red").append(
+            head, "default"
+        )
+    )
+    if report.drifted:
+        console.print(_differences(report.drifted))
+    for hint in sorted({difference.hint for difference in drifted if difference.hint}):
+        console.print(f"hint: {hint}", soft_wrap=True)
+    for names, what in ((report.extra, "not in the manifest"), (report.missing_trainable, "trainable, and missing")):
+        if names:
+            style = "red" if exact else "dim"
+            console.print(Text(f"{counted(len(names))} {what}: {enumerate_names(names)}", style=style), soft_wrap=True)
+
+
+def show_diff(report: DiffReport) -> None:
+    from rich.text import Text
+
+    console = _console()
+    if report.ok:
+        console.print(Text("identical", style="bold green"))
+        return
+    console.print(Text(f"{counted(len(report.tensors))} differ", style="bold red"))
+    console.print(_differences(report.tensors))
+
+
+def _differences(differences: Sequence[Difference]) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("tensor", overflow="fold")
+    for heading in ("verdict", "cause", "detail"):
+        table.add_column(heading)
+    for difference in differences[:_ROWS]:
+        detail = difference.describe_detail()
+        table.add_row(shown(difference.name), difference.verdict, difference.cause or "", detail)
+    if len(differences) > _ROWS:
+        table.add_row(f"... and {len(differences) - _ROWS:,} more", "", "", "--json lists all")
+    return table
