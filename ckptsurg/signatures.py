@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema, model_serializer, model_validator
+from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, ValidationError, model_serializer, model_validator
+from pydantic_core import CoreSchema
 
 from .documents import Model, fail, suggest
 from .errors import shown
@@ -166,16 +167,23 @@ def _checked_arguments(name: str, model: type[Model], arguments: dict[str, Any])
     return {key: value for key, value in filled.model_dump().items() if value is not None}
 
 
-def _json_schema() -> dict[str, Any]:
-    with_arguments: dict[str, Any] = {name: model.model_json_schema() for name, model in _ARGUMENTS.items()}
-    with_arguments["default"] = {"enum": list(MODULES)}
-    bare = [name for name, model in _ARGUMENTS.items() if not any(f.is_required() for f in model.model_fields.values())]
-    one = {"type": "object", "minProperties": 1, "maxProperties": 1, "additionalProperties": False}
-    return {"anyOf": [{"enum": bare}, {**one, "properties": with_arguments}]}
+class _WrittenForm:
+    """The JSON Schema of an initializer as people write it."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        written: dict[str, Any] = {name: model.model_json_schema() for name, model in _ARGUMENTS.items()}
+        written["default"] = {"enum": list(MODULES)}
+        bare = [
+            name
+            for name, model in _ARGUMENTS.items()
+            if not any(argument.is_required() for argument in model.model_fields.values())
+        ]
+        one = {"type": "object", "minProperties": 1, "maxProperties": 1, "additionalProperties": False}
+        return {"anyOf": [{"enum": bare}, {**one, "properties": written}]}
 
 
 #: An initializer as a field of a document.
-Init: TypeAlias = Annotated[Initializer, BeforeValidator(_initializer), WithJsonSchema(_json_schema())]
+Init: TypeAlias = Annotated[Initializer, BeforeValidator(_initializer), _WrittenForm()]
 
 
 # --- What an initializer can draw -------------------------------------------------------------------
