@@ -137,8 +137,8 @@ def make_manifest(
     """The manifest alone, of a checkpoint or live model that is trained as it is.
 
     Args:
-        spec_or_patterns: A spec that drops, reinitialises, adds and edits nothing; its path; or a list of freeze
-            patterns such as ``["**", "!fc"]``.
+        spec_or_patterns: A spec that drops, reinitialises, adds and edits nothing; its path; or freeze patterns,
+            such as ``"**"`` or ``["**", "!fc"]``.
         ckpt_or_model: What is described.
         digest: ``blake3`` or ``sha256``.
         progress: Called with the bytes read and the bytes in all.
@@ -146,10 +146,7 @@ def make_manifest(
     Raises:
         SpecError: if the spec does anything but freeze, or does not fit.
     """
-    if isinstance(spec_or_patterns, str | Path | Spec | Mapping):
-        spec = _spec(spec_or_patterns)
-    else:
-        spec = Spec.of_patterns(spec_or_patterns)
+    spec = _spec_or_patterns(spec_or_patterns)
     acting = [key for key in ("drop", "reinit", "add", "config") if getattr(spec, key)]
     if acting:
         problems = [spec.problem((key,), "changes the checkpoint; a manifest alone only freezes") for key in acting]
@@ -272,6 +269,15 @@ def _spec(given: SpecLike) -> Spec:
     if isinstance(given, Mapping):
         return Spec.from_text(Text("spec", dict(given)))
     return load_spec(given)
+
+
+def _spec_or_patterns(given: SpecLike | Iterable[str | Mapping[str, Any]]) -> Spec:
+    """A text is a path if it has the ending of a document or is the name of a file; else it is a pattern."""
+    if isinstance(given, str) and not given.endswith((".yaml", ".yml", ".json")) and not Path(given).is_file():
+        return Spec.of_patterns(given)
+    if isinstance(given, str | Path | Spec | Mapping):
+        return _spec(given)
+    return Spec.of_patterns(given)
 
 
 def _manifest(given: ManifestLike) -> Manifest:
