@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .formats import open_checkpoint as open_checkpoint
     from .manifest import Manifest as Manifest
     from .manifest import load_manifest as load_manifest
-    from .plan import Plan as Plan
+    from .plans import Plan as Plan
     from .report import DiffReport as DiffReport
     from .report import Report as Report
     from .spec import Spec as Spec
@@ -37,7 +37,7 @@ _HOMES = {
     "FrozenWeightsChanged": "errors",
     "Manifest": "manifest",
     "ManifestError": "errors",
-    "Plan": "plan",
+    "Plan": "plans",
     "Report": "report",
     "Spec": "spec",
     "SpecError": "errors",

@@ -19,7 +19,7 @@ from .formats import open_checkpoint
 from .formats.folder import companions
 from .inspection import Inspection, inspect_checkpoint
 from .manifest import Manifest, load_manifest
-from .plan import Plan
+from .plans import Plan
 from .report import DiffReport, Report
 from .spec import Spec, load_spec
 from .tensors import ALGORITHMS, TensorSource

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from .checkpoints import Checkpoint, Extent
 from .header import encode_header
-from .plan import PlannedTensor
+from .plans import PlannedTensor
 
 __all__ = ["OutputFile", "lay_out"]
 

@@ -11,7 +11,7 @@ import numpy as np
 from .defaults import Ambiguous, resolve_default
 from .errors import Problem, SpecError, enumerate_names, shown
 from .matching import BoolArray, IntArray, Names
-from .plan import Plan, PlannedTensor
+from .plans import Plan, PlannedTensor
 from .selectors import Selection, Space, module_and_leaf, select
 from .signatures import Initializer, refusal
 from .spec import AddRule, Item, ReinitRule, Spec

@@ -145,8 +145,8 @@ class Staging:
         if overwrite and out.is_dir() and any(out.iterdir()):
             _rename(self.folder, out, _RENAME_EXCHANGE)
         else:
-            with suppress(FileNotFoundError, NotADirectoryError):
-                out.rmdir()  # an empty folder counts as absent
+            with suppress(OSError):
+                out.rmdir()  # an empty folder counts as absent; of any other the rename will tell
             _rename(self.folder, out, _RENAME_NOREPLACE)
         _sync_folder(out.parent)
 

@@ -16,7 +16,7 @@ from .errors import enumerate_names
 from .initializers import Drawing, moments
 from .layout import Layout, OutputFile, lay_out
 from .manifest import BaseFile, Manifest, Origin, SpecIdentity, TensorRecord, manifest_path
-from .plan import Action, Plan, PlannedTensor
+from .plans import Action, Plan, PlannedTensor
 from .publishing import Staging, refuse_target, staged
 from .signatures import Initializer
 from .spec import Spec

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ..inspection import Inspection
     from ..manifest import Manifest
-    from ..plan import Plan, PlannedTensor
+    from ..plans import Plan, PlannedTensor
     from ..report import Difference, DiffReport, Report
     from ..spec import Spec
 
