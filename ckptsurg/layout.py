@@ -20,6 +20,7 @@ __all__ = ["OutputFile", "lay_out"]
 PAGE = 4096
 _STARTS_TRIED = 8
 _FILLERS_TRIED = 64
+_TRIMMED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +166,18 @@ class _Run:
         """Bytes in whole pages."""
         return max(0, self.end // PAGE - -(-self.start // PAGE)) * PAGE
 
+    def trim(self) -> None:
+        """Give up small tensors at both ends: they have little to share, and are of use as fillers."""
+        if all(tensor.info.nbytes < PAGE for tensor in self.tensors):
+            return
+        for _ in range(_TRIMMED):
+            if (size := self.tensors[0].info.nbytes) < PAGE:
+                del self.tensors[0]
+                self.start += size
+            if (size := self.tensors[-1].info.nbytes) < PAGE:
+                del self.tensors[-1]
+                self.end -= size
+
 
 @dataclass(slots=True)
 class _Chain:
@@ -225,6 +238,8 @@ def _runs(tensors: Iterable[PlannedTensor], extents: Mapping[str, Extent]) -> li
         else:
             runs.append(_Run([tensor], extent.offset, end))
         last = extent
+    for run in runs:
+        run.trim()
     return runs
 
 

@@ -51,12 +51,24 @@ class Text:
 
     def nearest(self, place: Place) -> Place:
         """The place itself, or the innermost one around it that the document has."""
-        while place and self.lines and place not in self.lines:
-            place = place[:-1]
+        value = self.data
+        for depth, part in enumerate(place):
+            if isinstance(value, dict):
+                keys = {str(key): key for key in value}
+                if str(part) not in keys:
+                    return place[:depth]
+                value = value[keys[str(part)]]
+            elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+                value = value[part]
+            else:
+                return place[:depth]
         return place
 
     def line(self, place: Place) -> int | None:
-        return self.lines.get(self.nearest(place))
+        here = self.nearest(place)
+        while here and here not in self.lines:
+            here = here[:-1]
+        return self.lines.get(here)
 
 
 def read_bytes(path: Path, limit: int, error: type[DocumentError]) -> bytes:
