@@ -41,7 +41,7 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def parameters(count: float) -> str:
+def elements(count: float) -> str:
     """``25.6 M``."""
     for unit in ("", " k", " M"):
         if count < 1000:
@@ -83,7 +83,7 @@ def show_inspection(inspection: Inspection, label: str) -> None:
                 line.append(f"  {size(child.info.nbytes)}", style="dim")
             else:
                 copies = f"{child.copies} x " if child.copies > 1 else ""
-                line.append(f"  {copies}{parameters(child.elements)} parameters, {size(child.nbytes)}", style="dim")
+                line.append(f"  {copies}{elements(child.elements)} elements, {size(child.nbytes)}", style="dim")
             add(tree.add(line), child)
         if len(children) > _ROWS:
             tree.add(Text(f"... and {len(children) - _ROWS:,} more; give a pattern to see them", style="yellow"))
@@ -91,7 +91,7 @@ def show_inspection(inspection: Inspection, label: str) -> None:
     root = build(inspection.infos)
     head = Text(shown(label), style="bold")
     head.append(
-        f"  {counted(len(inspection.tensors))}, {parameters(root.elements)} parameters, {size(root.nbytes)}"
+        f"  {counted(len(inspection.tensors))}, {elements(root.elements)} elements, {size(root.nbytes)}"
         f" in {counted(len(inspection.files), 'file')}",
         style="not bold",
     )
@@ -126,7 +126,7 @@ def show_plan(spec: Spec, plan: Plan) -> None:
     for heading in ("fate", "rule", "pattern"):
         table.add_column(heading, no_wrap=heading != "pattern")
     table.add_column("tensors", justify="right")
-    table.add_column("parameters", justify="right")
+    table.add_column("elements", justify="right")
     table.add_column("size", justify="right")
     table.add_column("for example", overflow="ellipsis", no_wrap=True)
     order = list(_FATES)
@@ -137,7 +137,7 @@ def show_plan(spec: Spec, plan: Plan) -> None:
             rule or "",
             shown(spec.pattern_at(rule), 40) if rule else "",
             f"{len(tensors):,}",
-            parameters(sum(tensor.info.elements for tensor in tensors)),
+            elements(sum(tensor.info.elements for tensor in tensors)),
             size(sum(tensor.info.nbytes for tensor in tensors)),
             shown(tensors[0].name, 60),
         )
@@ -211,7 +211,9 @@ def show_diff(report: DiffReport) -> None:
     if report.ok:
         console.print(Text("identical", style="bold green"))
         return
-    console.print(Text(f"{counted(len(report.tensors))} differ", style="bold red"))
+    console.print(
+        Text(f"{counted(len(report.tensors))} {'differs' if len(report.tensors) == 1 else 'differ'}", style="bold red")
+    )
     console.print(_differences(report.tensors))
 
 

@@ -1,0 +1,304 @@
+"""The command line as its users meet it: output, JSON, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import ckptsurg
+
+SPEC = """\
+version: 1
+name: small
+drop: "**.num_batches_tracked"
+freeze: ["**", "!fc"]
+reinit:
+  - {match: fc, shape: {0: 2}, init: default}
+add:
+  - {name: score.weight, shape: [2, 2], dtype: BF16, init: zeros}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A base of twelve blocks, a spec, an output, and what came back from training."""
+    folder = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    tensors = {f"layers.{i}.{leaf}": torch.randn(8, 8) for i in range(12) for leaf in ("weight", "gate")}
+    tensors |= {f"bn.{name}": tensor for name, tensor in torch.nn.BatchNorm1d(8).state_dict().items()}
+    tensors |= {"fc.weight": torch.randn(5, 8), "fc.bias": torch.randn(5)}
+    save_file(tensors, folder / "base.safetensors", {"format": "pt"})
+    (folder / "spec.yaml").write_text(SPEC)
+    ckptsurg.rewrite(folder / "spec.yaml", folder / "base.safetensors", folder / "out")
+    trained = load_file(folder / "out" / "model.safetensors")
+    trained["fc.weight"] += 1
+    save_file(trained, folder / "trained.safetensors")
+    trained["bn.running_mean"] += 1
+    save_file(trained, folder / "moved.safetensors")
+    return folder
+
+
+def run(folder: Path, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ckptsurg", *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+# --- For people -------------------------------------------------------------------------------------
+
+
+def test_inspect_folds_numbered_blocks(folder):
+    text = run(folder, "inspect", "base.safetensors").stdout
+    assert "{0..11}  12 x 128 elements, 512 B" in text
+    assert "weight  F32 [8, 8]  256 B" in text and text.count("gate") == 1
+    assert "metadata format: pt" in text
+
+
+def test_inspect_shows_what_patterns_select(folder):
+    text = run(folder, "inspect", "base.safetensors", "layers[-2:]", "!**.gate").stdout
+    assert "2 tensors" in text and "{10..11}" in text and "gate" not in text
+    error = run(folder, "inspect", "base.safetensors", "layres", code=2).stderr
+    assert error.splitlines()[0].endswith('"layres" matches nothing; nearest: layers')
+
+
+def test_plan_is_a_table_with_rules_and_counts(folder):
+    text = run(folder, "plan", "spec.yaml", "base.safetensors").stdout
+    rows = [line.split() for line in text.splitlines()]
+    assert ["frozen", "freeze[0]", "**", "28"] in [row[:4] for row in rows]
+    assert ["dropped", "drop", "**.num_batches_tracked", "1"] in [row[:4] for row in rows]
+    assert ["drawn,", "trains", "reinit[0]", "fc", "2"] in [row[:5] for row in rows]
+    assert ["added,", "trains", "add[0]", "score.weight", "1"] in [row[:5] for row in rows]
+    assert "output: 31 tensors" in text and "28 frozen, 3 trainable" in text
+
+
+def test_rewrite_says_what_it_published(folder):
+    text = run(folder, "rewrite", "spec.yaml", "base.safetensors", "-o", "said.safetensors").stdout
+    manifest = ckptsurg.load_manifest(folder / "said.freeze.json")
+    assert "28 frozen, 3 trainable, 2 reinitialised, 1 added, 1 dropped" in text
+    assert "said.freeze.json" in text and manifest.root in text and manifest.frozen_root in text
+
+
+def test_verify_says_what_drifted(folder):
+    assert "28 frozen tensors verified" in run(folder, "verify", "out/freeze.json", "trained.safetensors").stdout
+    text = run(folder, "verify", "out/freeze.json", "moved.safetensors", "--baseline", "out", code=1).stdout
+    assert text.startswith("FAILED") and "1 frozen tensor drifted, 27 verified" in text
+    assert "bn.running_mean  changed" in text and "8 elements, first at [0], largest difference 1" in text
+
+
+def test_diff_says_what_differs(folder):
+    assert run(folder, "diff", "out", "out").stdout == "identical\n"
+    text = run(folder, "diff", "out", "trained.safetensors", code=1).stdout
+    assert "1 tensor differs" in text and "fc.weight" in text
+
+
+# --- For programs -----------------------------------------------------------------------------------
+
+
+def _json(done: subprocess.CompletedProcess[str]):
+    assert done.stderr == ""
+    return json.loads(done.stdout)
+
+
+def test_json_of_inspect(folder):
+    document = _json(run(folder, "inspect", "base.safetensors", "--json"))
+    assert document["version"] == 1 and document["metadata"] == {"format": "pt"}
+    size = (folder / "base.safetensors").stat().st_size
+    assert document["files"] == [{"file": "base.safetensors", "size": size}]
+    assert document["tensors"]["fc.weight"] == {"dtype": "F32", "shape": [5, 8], "file": "base.safetensors"}
+
+
+def test_json_of_plan(folder):
+    document = _json(run(folder, "plan", "spec.yaml", "base.safetensors", "--json"))
+    assert document["counts"] == {"copy": 28, "drop": 1, "reinit": 2, "add": 1, "frozen": 28, "trainable": 3}
+    rows = {tensor["name"]: tensor for tensor in document["tensors"]}
+    expected = {"name": "fc.weight", "action": "reinit", "frozen": False, "dtype": "F32", "shape": [2, 8]}
+    assert expected.items() <= rows["fc.weight"].items() and rows["fc.weight"]["rule"] == "reinit[0]"
+    ckptsurg.Plan.model_validate_json(json.dumps(document))
+
+
+def test_json_of_manifest_and_rewrite_is_what_is_written(folder):
+    document = _json(run(folder, "rewrite", "spec.yaml", "base.safetensors", "-o", "json", "--json"))
+    assert document == json.loads((folder / "json" / "freeze.json").read_text())
+    (folder / "freeze.yaml").write_text('version: 1\nfreeze: ["**", "!fc"]\n')
+    arguments = ("manifest", "freeze.yaml", "base.safetensors", "-o", "only.json", "--digest", "sha256", "--json")
+    document = _json(run(folder, *arguments))
+    assert document == json.loads((folder / "only.json").read_text()) and document["root"].startswith("sha256:")
+    error = run(folder, "manifest", "spec.yaml", "base.safetensors", "-o", "no.json", code=2).stderr
+    assert "reinit: changes the checkpoint; a manifest alone only freezes" in error
+
+
+def test_json_of_verify_and_diff(folder):
+    document = _json(run(folder, "verify", "out/freeze.json", "moved.safetensors", "--json", code=1))
+    drifted = [{"name": "bn.running_mean", "verdict": "changed", "cause": None, "detail": None}]
+    assert document == {
+        "version": 1,
+        "ok": False,
+        "verified": 27,
+        "drifted": drifted,
+        "extra": [],
+        "missing_trainable": [],
+    }
+    document = _json(run(folder, "diff", "out", "trained.safetensors", "--json", code=1))
+    assert document["ok"] is False and [t["name"] for t in document["tensors"]] == ["fc.weight"]
+
+
+@pytest.mark.parametrize("document", ["spec", "plan", "manifest", "report"])
+def test_schemas(folder, document):
+    schema = _json(run(folder, "schema", document))
+    assert schema["$schema"].startswith("https://json-schema.org/") and "version" in schema["properties"]
+    assert schema["additionalProperties"] is False
+
+
+def test_the_schema_of_a_spec_accepts_every_spec_and_refuses_slips(folder):
+    schema = _json(run(folder, "schema", "spec"))
+    for path in (Path(__file__).parent.parent / "specs").glob("*.yaml"):
+        # Keys of a mapping are text in JSON.
+        jsonschema.validate(json.loads(json.dumps(yaml.safe_load(path.read_text()))), schema)
+    for slip in (
+        {"version": 2},
+        {"version": 1, "freez": "a"},
+        {"version": 1, "reinit": [{"match": "a", "init": "zero"}]},
+    ):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(slip, schema)
+
+
+def test_names_map_and_prefix(folder):
+    trained = load_file(folder / "trained.safetensors")
+    save_file({f"model.{name}": tensor for name, tensor in trained.items()}, folder / "prefixed.safetensors")
+    text = run(folder, "verify", "out/freeze.json", "prefixed.safetensors", code=1).stdout
+    assert "verify with --prefix model." in text
+    run(folder, "verify", "out/freeze.json", "prefixed.safetensors", "--prefix", "model.")
+    (folder / "names.yaml").write_text("".join(f"model.{name}: {name}\n" for name in trained))
+    run(folder, "verify", "out/freeze.json", "prefixed.safetensors", "--names", "names.yaml")
+
+
+def test_roots(folder):
+    root = ckptsurg.load_manifest(folder / "out").frozen_root
+    run(folder, "verify", "out/freeze.json", "trained.safetensors", "--root", root)
+    run(folder, "verify", "out/freeze.json", "trained.safetensors", "--root", root[:-1] + "x", code=2)
+
+
+# --- Exit codes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments"),
+    [
+        (2, ["plan", "absent.yaml", "base.safetensors"]),
+        (2, ["plan", "spec.yaml", "absent.safetensors"]),
+        (2, ["plan", "spec.yaml"]),
+        (2, ["plan", "--unknown", "spec.yaml", "base.safetensors"]),
+        (2, ["rewrite", "spec.yaml", "base.safetensors", "-o", "out"]),
+        (2, ["rewrite", "spec.yaml", "base.safetensors", "-o", "new", "--max-shard-size", "many"]),
+        (2, ["verify", "spec.yaml", "trained.safetensors"]),
+        (2, ["verify", "out/freeze.json", "absent"]),
+        (2, ["unknown"]),
+        (3, ["inspect", "spec.yaml"]),
+        (3, ["verify", "out/freeze.json", "spec.yaml"]),
+        (4, ["rewrite", "spec.yaml", "base.safetensors", "-o", "/proc/nowhere/out"]),
+        (0, ["--help"]),
+        (0, ["--version"]),
+    ],
+)
+def test_exit_codes(folder, code, arguments):
+    done = run(folder, *arguments, code=code)
+    if code:
+        assert done.stdout == "" and len(done.stderr.strip().splitlines()) <= 4
+
+
+def test_every_error_has_an_exit_code_of_its_own_kind():
+    def walk(kind: type) -> list[type]:
+        return [kind, *(below for child in kind.__subclasses__() for below in walk(child))]
+
+    codes = {kind.__name__: kind.exit_code for kind in walk(ckptsurg.CkptsurgError)}
+    assert set(codes.values()) == {1, 2, 3, 4} and 0 not in codes.values()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_leave_nothing(tmp_path, number, code):
+    size = 3 * 10**9  # sparse: enough to be caught in the middle
+    header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    with (tmp_path / "base.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    (tmp_path / "spec.yaml").write_text("version: 1\n")
+    command = [sys.executable, "-m", "ckptsurg", "rewrite", "spec.yaml", "base.safetensors", "-o", "out"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while not list(tmp_path.glob(".out.*/model.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base.safetensors", "spec.yaml"]
+
+
+def test_a_reader_that_goes_away_is_no_traceback(folder):
+    command = f"{sys.executable} -m ckptsurg plan spec.yaml base.safetensors --json | head -c 1"
+    done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True)
+    assert done.stdout == "{" and done.stderr == ""
+
+
+# --- Terminals --------------------------------------------------------------------------------------
+
+
+def _on_a_terminal(folder: Path, *arguments: str) -> str:
+    """What a terminal of 100 columns would be sent."""
+    main, replica = pty.openpty()
+    command = [sys.executable, "-m", "ckptsurg", *arguments]
+    environment = os.environ | {"COLUMNS": "100", "TERM": "xterm-256color"}
+    with subprocess.Popen(command, cwd=folder, stdout=replica, stderr=replica, env=environment) as process:
+        os.close(replica)
+        chunks = []
+        while True:
+            try:
+                chunk = os.read(main, 4096)
+            except OSError:
+                break
+            if not chunk:
+                break
+            chunks.append(chunk)
+        assert process.wait() == 0
+    os.close(main)
+    return b"".join(chunks).decode()
+
+
+def test_progress_shows_on_a_terminal_alone(folder):
+    shown = _on_a_terminal(folder, "verify", "out/freeze.json", "trained.safetensors")
+    assert "\x1b[" in shown and "verify" in shown and "kB" in shown
+    done = run(folder, "verify", "out/freeze.json", "trained.safetensors")
+    assert done.stderr == "" and "\x1b" not in done.stdout
+
+
+def test_names_cannot_write_to_the_terminal(tmp_path):
+    name = "evil\x1b[31m\u202e\r\nname"
+    save_file({name: torch.zeros(2), "ok": torch.zeros(1)}, tmp_path / "a.safetensors")
+    save_file({name: torch.ones(2), "ok": torch.zeros(1)}, tmp_path / "b.safetensors")
+    (tmp_path / "spec.yaml").write_text('version: 1\nfreeze: "**"\n')
+    run(tmp_path, "manifest", "spec.yaml", "a.safetensors", "-o", "m.json")
+    for arguments, code in (
+        (("inspect", "a.safetensors"), 0),
+        (("plan", "spec.yaml", "a.safetensors"), 0),
+        (("diff", "a.safetensors", "b.safetensors"), 1),
+        (("verify", "m.json", "b.safetensors"), 1),
+        (("inspect", "a.safetensors", "--json"), 0),
+        (("verify", "m.json", "b.safetensors", "--json"), 1),
+    ):
+        text = run(tmp_path, *arguments, code=code).stdout
+        assert "\x1b" not in text and "\u202e" not in text and "\r" not in text
+        assert "evil" in text
