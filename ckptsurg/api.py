@@ -14,13 +14,14 @@ from .aligning import Renaming
 from .checkpoints import Checkpoint
 from .config import edited_config
 from .documents import Document
-from .errors import DocumentError, Problem, SpecError, UsageError, shown
+from .errors import DocumentError, Problem, SpecError, UsageError, shown, system_failures
 from .formats import open_checkpoint
 from .formats.folder import companions
 from .inspection import Inspection, inspect_checkpoint
 from .manifest import Manifest, load_manifest
 from .plans import Plan
 from .report import DiffReport, Report
+from .selectors import unmatched
 from .spec import Spec, load_spec
 from .tensors import ALGORITHMS, TensorSource
 from .texts import Text, read_text
@@ -72,7 +73,7 @@ def plan(spec: SpecLike, ckpt: PathLike | Checkpoint) -> Plan:
         CheckpointError: if the checkpoint is malformed.
     """
     with _checkpoint(ckpt) as base:
-        return _plan(_spec(spec), base)[0]
+        return _plan(_spec(spec, base), base)[0]
 
 
 def rewrite(
@@ -106,10 +107,11 @@ def rewrite(
         CheckpointError: if the checkpoint is malformed, or changes meanwhile.
         SystemFailure: if the system fails; nothing is published then.
     """
-    spec = _spec(spec)
     with _checkpoint(ckpt) as base:
+        spec = _spec(spec, base)
         planned, config = _plan(spec, base)
-        others, left = companions(base, keep_other_weights=keep_other_weights)
+        with system_failures(base.label):
+            others, left = companions(base, keep_other_weights=keep_other_weights)
         if left and not str(out).endswith(".safetensors"):
             rewriting.say_left_behind(left)
         return rewriting.rewrite(
@@ -146,12 +148,12 @@ def make_manifest(
     Raises:
         SpecError: if the spec does anything but freeze, or does not fit.
     """
-    spec = _spec_or_patterns(spec_or_patterns)
-    acting = [key for key in ("drop", "reinit", "add", "config") if getattr(spec, key)]
-    if acting:
-        problems = [spec.problem((key,), "changes the checkpoint; a manifest alone only freezes") for key in acting]
-        raise SpecError(spec.label, problems, hint="`ckptsurg rewrite` publishes the output with its manifest")
     with _source(ckpt_or_model) as source:
+        spec = _spec_or_patterns(spec_or_patterns, source)
+        acting = [key for key in ("drop", "reinit", "add", "config") if getattr(spec, key)]
+        if acting:
+            problems = [spec.problem((key,), "changes the checkpoint; a manifest alone only freezes") for key in acting]
+            raise SpecError(spec.label, problems, hint="`ckptsurg rewrite` publishes the output with its manifest")
         planned = planning.plan(spec, source)
         return rewriting.describe(spec, planned, source, algorithm=_algorithm(digest), progress=progress)
 
@@ -263,20 +265,23 @@ def freeze(
 # --- Paths or objects -------------------------------------------------------------------------------
 
 
-def _spec(given: SpecLike) -> Spec:
+def _spec(given: SpecLike, source: TensorSource) -> Spec:
+    """A spec; where it is not valid, the patterns in it that match nothing in the source are reported too."""
     if isinstance(given, Spec):
         return given
-    if isinstance(given, Mapping):
-        return Spec.from_text(Text("spec", dict(given)))
-    return load_spec(given)
+    text = Text("spec", dict(given)) if isinstance(given, Mapping) else read_text(Path(given), SpecError)
+    try:
+        return Spec.from_text(text)
+    except SpecError as error:
+        raise SpecError(text.label, [*error.problems, *unmatched(text, source.tensors)]) from None
 
 
-def _spec_or_patterns(given: SpecLike | Iterable[str | Mapping[str, Any]]) -> Spec:
+def _spec_or_patterns(given: SpecLike | Iterable[str | Mapping[str, Any]], source: TensorSource) -> Spec:
     """A text is a path if it has the ending of a document or is the name of a file; else it is a pattern."""
     if isinstance(given, str) and not given.endswith((".yaml", ".yml", ".json")) and not Path(given).is_file():
         return Spec.of_patterns(given)
     if isinstance(given, str | Path | Spec | Mapping):
-        return _spec(given)
+        return _spec(given, source)
     return Spec.of_patterns(given)
 
 

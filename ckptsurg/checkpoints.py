@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,10 +11,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from .errors import CheckpointError, SystemFailure, shown
+from .errors import CheckpointError, SystemFailure, UsageError, shown, system_failures
 from .tensors import CHUNK_BYTES, TensorInfo
 
-__all__ = ["Checkpoint", "Extent", "Index", "StoredFile", "read_extent"]
+__all__ = ["Checkpoint", "Extent", "Index", "StoredFile", "open_regular", "read_extent", "read_small"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,6 +117,53 @@ class Checkpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def open_regular(path: Path, flags: int = 0) -> tuple[int, os.stat_result]:
+    """Open a file of a checkpoint for reading, if it is one.
+
+    Args:
+        path: Where it is.
+        flags: Further flags of ``open(2)``.
+
+    Returns:
+        A descriptor and what ``fstat`` says of it.
+
+    Raises:
+        UsageError: if there is no such file.
+        CheckpointError: if it is a folder, pipe, socket or device.
+        SystemFailure: if it cannot be opened.
+    """
+    label = shown(path)
+    try:
+        # Without O_NONBLOCK, opening a FIFO waits for somebody to write to it.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(f"{label}: no such file") from None
+    except OSError as failure:
+        raise SystemFailure(f"{label}: cannot be opened: {failure.strerror}") from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
+        raise CheckpointError(f"{label}: is {kind}; expected a file")
+    return descriptor, status
+
+
+def read_small(path: Path, limit: int) -> bytes:
+    """The bytes of an index or configuration.
+
+    Raises:
+        UsageError: if there is no such file.
+        CheckpointError: if it is no file, or larger than ``limit`` bytes.
+        SystemFailure: if it cannot be read.
+    """
+    descriptor, _ = open_regular(path)
+    with system_failures(shown(path)), os.fdopen(descriptor, "rb") as file:
+        raw = file.read(limit + 1)
+    if len(raw) > limit:
+        raise CheckpointError(f"{shown(path)}: is larger than {limit:,} bytes")
+    return raw
 
 
 def _close(descriptors: Sequence[int]) -> None:

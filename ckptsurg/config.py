@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, Problem, SpecError, SystemFailure, shown
+from .checkpoints import read_small
+from .errors import CheckpointError, Problem, SpecError, shown
 from .spec import Spec
 from .texts import parse_json
 
 __all__ = ["CONFIG_NAME", "edited_config"]
 
 CONFIG_NAME = "config.json"
+MAX_CONFIG_BYTES = 10_000_000
 
 
 def edited_config(spec: Spec, folder: Path | None) -> tuple[bytes | None, list[str]]:
@@ -60,12 +62,9 @@ def edited_config(spec: Spec, folder: Path | None) -> tuple[bytes | None, list[s
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except OSError as failure:
-        raise SystemFailure(f"{shown(path)}: cannot be read: {failure.strerror}") from None
+    raw = read_small(path, MAX_CONFIG_BYTES)
     try:
         config = parse_json(raw.decode("utf-8"))
     except ValueError as failure:

@@ -42,6 +42,9 @@ class Document(Model):
             raise cls.error(text.label, [Problem("", f"expected keys and values at the top, found {found}", 1)])
         if "version" not in text.data:
             raise cls.error(text.label, [Problem("version", "missing; write `version: 1`", 1)])
+        if type(found := text.data["version"]) is not int:
+            message = f"expected the number 1, found the {_kind(found)} {_quoted(found)}"
+            raise cls.error(text.label, [Problem("version", message, text.line(("version",)))])
         try:
             # As JSON, where a list may stand for a tuple, although nothing else is converted.
             return cls.model_validate_json(json.dumps(text.data))

@@ -16,7 +16,8 @@ The number is the exit code of the command line. ``hint`` says what to do next.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,6 +35,7 @@ __all__ = [
     "counted",
     "enumerate_names",
     "shown",
+    "system_failures",
 ]
 
 
@@ -118,14 +120,30 @@ class FrozenWeightsChanged(CkptsurgError):
     exit_code = 1
 
 
+@contextmanager
+def system_failures(label: str, consequence: str = "") -> Iterator[None]:
+    """Turn errors of the operating system into SystemFailure.
+
+    Args:
+        label: What was worked on.
+        consequence: Said at the end of the message.
+    """
+    try:
+        yield
+    except OSError as failure:
+        name = f" ({shown(failure.filename)})" if failure.filename else ""
+        reason = f"{label}: {failure.strerror or failure}{name}"
+        raise SystemFailure(f"{reason}; {consequence}" if consequence else reason) from failure
+
+
 _INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
 def shown(text: object, limit: int = 200) -> str:
-    """Foreign text made safe to print: control and bidirectional characters escaped, length capped."""
+    """Foreign text made safe to print: control and bidirectional characters escaped, a long middle left out."""
     raw = str(text)
     if len(raw) > limit:
-        raw = raw[: limit - 1] + "…"
+        raw = f"{raw[: limit // 2 - 1]}…{raw[-(limit // 2) :]}"
     if raw.isascii() and raw.isprintable():
         return raw
     return "".join(

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-import stat
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .checkpoints import Extent, StoredFile
-from .errors import CheckpointError, SystemFailure, UsageError, shown
+from .checkpoints import Extent, StoredFile, open_regular
+from .errors import CheckpointError, shown, system_failures
 from .tensors import DTYPE_BITS, TensorInfo, digest_of
 from .texts import parse_json
 
@@ -27,17 +27,17 @@ MAX_RANK = 64
 _LENGTH_BYTES = 8
 _UINT64 = 2**64
 
-#: What a file that is no safetensors file begins with, and what it is then.
-_OTHER_FORMATS = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "run `git lfs pull`"),
-    (b"PK\x03\x04", "a ZIP archive, such as PyTorch writes", "load it with torch and save it with safetensors.torch"),
-    (b"\x80\x02", "a pickle, such as old PyTorch writes", "load it with torch and save it with safetensors.torch"),
-    (b"GGUF", "a GGUF file", "convert it to safetensors"),
-    (b"\x89HDF\r\n", "an HDF5 file, such as Keras writes", None),
-    (b"<!DOCTYPE", "an HTML page", "the download was not the file; fetch it again"),
-    (b"<!doctype", "an HTML page", "the download was not the file; fetch it again"),
-    (b"<html", "an HTML page", "the download was not the file; fetch it again"),
-    (b"<?xml", "an XML document", "the download was not the file; fetch it again"),
+_ARCHIVE_HINT = "load it with torch and save it with safetensors.torch"
+_PAGE_HINT = "the download was not the file; fetch it again"
+#: What a file that is no safetensors file begins with, what it is then, and what to do.
+_OTHER_FORMATS: tuple[tuple[re.Pattern[bytes], str, str | None], ...] = (
+    (re.compile(rb"version https://git-lfs"), "a Git LFS pointer, not the file itself", "run `git lfs pull`"),
+    (re.compile(rb"PK\x03\x04"), "a ZIP archive, such as PyTorch writes", _ARCHIVE_HINT),
+    (re.compile(rb"\x80[\x02-\x05]"), "a pickle, such as old PyTorch writes", _ARCHIVE_HINT),
+    (re.compile(rb"GGUF"), "a GGUF file", "convert it to safetensors"),
+    (re.compile(rb"\x89HDF\r\n"), "an HDF5 file, such as Keras writes", None),
+    (re.compile(rb"\s*<(!doctype\s+)?html", re.IGNORECASE), "an HTML page", _PAGE_HINT),
+    (re.compile(rb"\s*<[?]xml", re.IGNORECASE), "an XML document", _PAGE_HINT),
 )
 
 
@@ -65,26 +65,14 @@ def open_file(path: Path, name: str, flags: int = 0) -> OpenedFile:
         flags: Further flags of ``open(2)``.
     """
     label = shown(path)
+    descriptor, status = open_regular(path, flags)
     try:
-        # Without O_NONBLOCK, opening a FIFO waits for somebody to write to it.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(f"{label}: no such file") from None
-    except OSError as failure:
-        raise SystemFailure(f"{label}: cannot be opened: {failure.strerror}") from None
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
-            raise CheckpointError(f"{label}: is {kind}; expected a safetensors file")
-        header = _read_header(descriptor, status.st_size, label)
+        with system_failures(label):
+            header = _read_header(descriptor, status.st_size, label)
         metadata, entries = _parse_header(header, label)
         start = _LENGTH_BYTES + len(header)
         file = StoredFile(name, descriptor, status, digest_of([header]), metadata)
         tensors, extents = _check_layout(file, entries, start, label)
-    except OSError as failure:
-        os.close(descriptor)
-        raise SystemFailure(f"{label}: cannot be read: {failure.strerror}") from None
     except BaseException:
         os.close(descriptor)
         raise
@@ -111,7 +99,7 @@ def _read_header(descriptor: int, size: int, label: str) -> bytes:
     # Only now that it cannot be a safetensors file is it asked what else it is: a header length of
     # 60 begins with "<" and one of 640 with the first bytes of a pickle.
     for magic, kind, hint in _OTHER_FORMATS:
-        if prefix.startswith(magic):
+        if magic.match(prefix):
             raise CheckpointError(f"{label}: is {kind}; expected a safetensors file", hint=hint)
     if header:
         found = "a byte order mark" if header.startswith(b"\xef\xbb\xbf") else f"0x{header[0]:02x}"

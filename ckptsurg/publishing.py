@@ -13,71 +13,69 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .checkpoints import Checkpoint
 from .copying import write_all
-from .errors import SystemFailure, UsageError, shown
+from .errors import SystemFailure, UsageError, shown, system_failures
 from .manifest import manifest_path
 
-__all__ = ["Staging", "refuse_target", "staged", "system_failures"]
+__all__ = ["Staging", "refuse_target", "staged"]
 
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 
 
-@contextmanager
-def system_failures(label: str) -> Iterator[None]:
-    """Turn errors of the operating system into SystemFailure."""
-    try:
-        yield
-    except OSError as failure:
-        name = f" ({shown(failure.filename)})" if failure.filename else ""
-        raise SystemFailure(f"{label}: {failure.strerror or failure}{name}; nothing was published") from failure
-
-
 # --- Targets ----------------------------------------------------------------------------------------
 
 
-def refuse_target(out: Path, manifest: Path, base: Checkpoint, *, overwrite: bool) -> None:
+def refuse_target(out: Path, manifest: Path | None, base: Checkpoint, *, overwrite: bool) -> None:
     """Refuse an output that exists, or that would touch the base.
 
     Args:
         out: The output: a file whose name ends in ``.safetensors``, or else a folder.
-        manifest: Where the manifest will stand.
+        manifest: Where the manifest goes, if not to its own place.
         base: The base.
         overwrite: Whether an earlier output may be replaced.
 
     Raises:
         UsageError: if the output must not be written.
     """
-    label = shown(out)
-    real = Path(os.path.realpath(out))
-    sources = [(base.folder or base.path.parent) / file.name for file in base.files]
+    is_file = out.name.endswith(".safetensors")
+    beside = [manifest] if manifest is not None else [manifest_path(out)] if is_file else []
+    _refuse_base(out, [out, *beside], base)
+    if manifest is not None and _real(manifest).is_relative_to(_real(out)):
+        raise UsageError(
+            f"{shown(manifest)}: lies inside the output, which has its own freeze.json; choose another place"
+        )
+    if is_file and out.is_dir():
+        raise UsageError(f"{shown(out)}: is a folder; the name of an output that ends in .safetensors is a file's")
+    if not is_file and os.path.lexists(out):
+        _refuse_folder(out, shown(out), overwrite=overwrite)
+    for path in [out, *beside] if is_file else beside:
+        if os.path.lexists(path) and not overwrite:
+            raise UsageError(f"{shown(path)}: exists already", hint="--overwrite replaces it")
+
+
+def _refuse_base(out: Path, targets: Iterable[Path], base: Checkpoint) -> None:
     held = {(file.status.st_dev, file.status.st_ino) for file in base.files}
-    for target in (out, manifest):
+    for target in targets:
         with suppress(OSError):
             status = target.stat()
             if (status.st_dev, status.st_ino) in held:
                 raise UsageError(f"{shown(target)}: is the base, or a link to it; an output never replaces its base")
-    if base.folder is not None and real.is_relative_to(os.path.realpath(base.folder)):
-        raise UsageError(f"{label}: lies inside the base {base.label}; choose a place outside it")
-    for source in sources:
-        if Path(os.path.realpath(source)).is_relative_to(real):
-            raise UsageError(f"{label}: holds the base {base.label}; choose another place")
-    if out.name.endswith(".safetensors"):
-        if out.is_dir():
-            raise UsageError(f"{label}: is a folder; the name of an output that ends in .safetensors is a file's")
-    elif os.path.lexists(out):
-        _refuse_folder(out, label, overwrite=overwrite)
-        if overwrite or out.is_dir():
-            return
-    for path in (out, manifest):
-        if os.path.lexists(path) and not overwrite:
-            raise UsageError(f"{shown(path)}: exists already", hint="--overwrite replaces it")
+    if base.folder is not None and _real(out).is_relative_to(_real(base.folder)):
+        raise UsageError(f"{shown(out)}: lies inside the base {base.label}; choose a place outside it")
+    home = base.folder or base.path.parent
+    if any(_real(home / file.name).is_relative_to(_real(out)) for file in base.files):
+        raise UsageError(f"{shown(out)}: holds the base {base.label}; choose another place")
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))
 
 
 def _refuse_folder(out: Path, label: str, *, overwrite: bool) -> None:
@@ -178,7 +176,7 @@ def staged(target: Path, size: int) -> Iterator[Staging]:
         SystemFailure: if the system fails, with nothing published.
     """
     label = shown(target)
-    with system_failures(label):
+    with system_failures(label, "nothing was published"):
         target.parent.mkdir(parents=True, exist_ok=True)
         space = os.statvfs(target.parent)
         if size > (available := space.f_bavail * space.f_frsize):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from math import prod
@@ -67,8 +68,9 @@ def rewrite(
         SystemFailure: if the system fails; nothing is published then.
     """
     is_file = out.name.endswith(".safetensors")
-    target = manifest or manifest_path(out)
-    refuse_target(out, target, base, overwrite=overwrite)
+    if manifest is not None and os.path.realpath(manifest) == os.path.realpath(manifest_path(out)):
+        manifest = None
+    refuse_target(out, manifest, base, overwrite=overwrite)
     layout = lay_out(plan.output, base, single=out.name if is_file else None, max_shard_size=max_shard_size)
     for warning in layout.warnings:
         _log.warning("%s", warning)
@@ -88,14 +90,32 @@ def rewrite(
             dropped=dropped,
             algorithm=algorithm,
         )
-        if is_file:
-            _publish_file(staging, out, target, document, overwrite=overwrite)
-        else:
-            staging.write("freeze.json", document.to_bytes())
-            staging.publish_folder(out, overwrite=overwrite)
-    if manifest is not None and not is_file:
-        write_manifest(document, manifest, overwrite=overwrite)
+        _publish(staging, document.to_bytes(), out, manifest, overwrite=overwrite)
     return document
+
+
+def _publish(staging: Staging, content: bytes, out: Path, manifest: Path | None, *, overwrite: bool) -> None:
+    """The output, then the manifest where that is a file of its own.
+
+    An old manifest goes first, so that none ever stands beside weights that it does not describe.
+    """
+    is_file = out.name.endswith(".safetensors")
+    if not is_file:
+        staging.write("freeze.json", content)
+    target = manifest_path(out) if manifest is None and is_file else manifest
+    if target is None:
+        staging.publish_folder(out, overwrite=overwrite)
+        return
+    with staged(target, len(content)) as beside:
+        beside.write(target.name, content)
+        if is_file:
+            if overwrite:
+                staging.withdraw(manifest_path(out))
+                staging.withdraw(target)
+            staging.publish_file(out.name, out, overwrite=overwrite)
+        else:
+            staging.publish_folder(out, overwrite=overwrite)
+        beside.publish_file(target.name, target, overwrite=overwrite)
 
 
 def describe(
@@ -147,20 +167,6 @@ def _record(tensor: PlannedTensor, digest: str) -> TensorRecord:
 
 def _base_files(base: Checkpoint) -> list[BaseFile]:
     return [BaseFile(file=file.name, size=file.size, header_digest=file.header_digest) for file in base.files]
-
-
-def _publish_file(staging: Staging, out: Path, target: Path, document: Manifest, *, overwrite: bool) -> None:
-    """The weights, then the manifest; an old manifest goes first, so that none ever describes other weights."""
-    if target.parent == out.parent:
-        staging.write(f"{out.name}.freeze.json", document.to_bytes())
-    if overwrite:
-        staging.withdraw(manifest_path(out))
-        staging.withdraw(target)
-    staging.publish_file(out.name, out, overwrite=overwrite)
-    if target.parent == out.parent:
-        staging.publish_file(f"{out.name}.freeze.json", target, overwrite=overwrite)
-    else:
-        write_manifest(document, target, overwrite=overwrite)
 
 
 def _write_others(

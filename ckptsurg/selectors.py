@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -13,9 +14,9 @@ from .matching import BoolArray, IntArray, Names
 from .patterns import PatternError
 from .spec import Item, Spec, Where
 from .tensors import TensorInfo
-from .texts import Place
+from .texts import Place, Text, describe_place
 
-__all__ = ["Selection", "Space", "module_and_leaf", "select"]
+__all__ = ["Selection", "Space", "module_and_leaf", "select", "unmatched"]
 
 #: Output heads that share their tensor with the input embeddings in many models, and what the latter are called.
 _TIED_HEADS = re.compile(r"(?:^|[./])(?:lm_head|embed_out|output_projection|decoder|proj_out)(?:[./]|$)")
@@ -91,13 +92,15 @@ def select(spec: Spec, place: Place, items: Sequence[Item], space: Space) -> Sel
             problems.append(spec.problem(here, f'"{shown(item.match)}": {error}'))
             continue
         total = np.zeros(count, np.bool_)
+        idle: list[tuple[str, int]] = []
         for alternative, hit in hits:
             hit = _filtered(hit, item.where, space)
             taken = hit & mask if negative else hit
             total |= taken
             if not taken.any() and not item.optional:
-                message = _explain_nothing(item, alternative, len(hits) > 1, negative, int(hit.sum()), space)
-                problems.append(spec.problem(here, message))
+                idle.append((alternative, int(hit.sum())))
+        if idle:
+            problems.append(spec.problem(here, _explain_nothing(item, idle, len(hits), negative, space)))
         found = int(total.sum())
         if item.expect not in (None, found) and (found or item.optional):
             names = [space.names.names[index] for index in np.flatnonzero(total).tolist()]
@@ -110,6 +113,38 @@ def select(spec: Spec, place: Place, items: Sequence[Item], space: Space) -> Sel
     return Selection(mask, decided, problems, notes)
 
 
+def unmatched(text: Text, tensors: Mapping[str, TensorInfo]) -> list[Problem]:
+    """Patterns that match nothing, in a spec that is not valid for other reasons: all is reported at once."""
+    names = Names(list(tensors))
+    problems: list[Problem] = []
+    for place, written in _patterns_in(text.data):
+        pattern = written.removeprefix("!") if written not in tensors else written
+        try:
+            hits = names.match(pattern)
+        except PatternError as error:
+            problems.append(Problem(describe_place(place), f'"{shown(written)}": {error}', text.line(place)))
+            continue
+        if idle := [(alternative, 0) for alternative, hit in hits if not hit.any()]:
+            negative = pattern != written
+            message = _explain_nothing(Item(match=written), idle, len(hits), negative, Space(names, tensors))
+            problems.append(Problem(describe_place(place), message, text.line(place)))
+    return problems
+
+
+def _patterns_in(data: Any) -> Iterator[tuple[Place, str]]:
+    """The patterns that are not optional, wherever a spec has one."""
+    for key in ("drop", "freeze", "train", "reinit"):
+        written = data.get(key) if isinstance(data, dict) else None
+        listed: list[tuple[Place, Any]] = [((key,), written)]
+        if isinstance(written, list):
+            listed = [((key, position), item) for position, item in enumerate(written)]
+        for place, item in listed:
+            if isinstance(item, dict) and item.get("optional") is not True:
+                place, item = (*place, "match"), item.get("match")
+            if isinstance(item, str) and item:
+                yield place, item
+
+
 def _filtered(hit: BoolArray, where: Where | None, space: Space) -> BoolArray:
     if where is None:
         return hit
@@ -119,8 +154,25 @@ def _filtered(hit: BoolArray, where: Where | None, space: Space) -> BoolArray:
     return kept
 
 
-def _explain_nothing(item: Item, alternative: str, of_braces: bool, negative: bool, matched: int, space: Space) -> str:
-    """Why a pattern selects nothing, or takes nothing away, and what may have been meant."""
+def _explain_nothing(
+    item: Item, idle: Sequence[tuple[str, int]], alternatives: int, negative: bool, space: Space
+) -> str:
+    """Why a pattern selects nothing, or takes nothing away, and what may have been meant.
+
+    Args:
+        item: The item.
+        idle: Its brace alternatives that do nothing, and how many tensors each matches.
+        alternatives: How many it has in all.
+        negative: Whether it takes away.
+        space: What it speaks of.
+    """
+    explained = _explain_alternative(item, *idle[0], alternatives > 1, negative, space)
+    return explained + (f"; so do {len(idle) - 1:,} more of its {alternatives:,} alternatives" if len(idle) > 1 else "")
+
+
+def _explain_alternative(
+    item: Item, alternative: str, matched: int, of_braces: bool, negative: bool, space: Space
+) -> str:
     sign = "!" if negative else ""
     what = f'"{sign}{shown(alternative)}"' + (f' (of "{shown(item.match)}")' if of_braces else "")
     if matched:

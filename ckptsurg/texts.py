@@ -54,7 +54,7 @@ class Text:
         value = self.data
         for depth, part in enumerate(place):
             if isinstance(value, dict):
-                keys = {str(key): key for key in value}
+                keys = {key if isinstance(key, str) else json.dumps(key): key for key in value}
                 if str(part) not in keys:
                     return place[:depth]
                 value = value[keys[str(part)]]
@@ -217,7 +217,8 @@ _CONSTANTS = {
 #: Tokens that YAML takes for tags, aliases or lists although a pattern was meant.
 _WORD = r"[^\s,\[\]{}\"'#]"
 _UNQUOTED = re.compile(
-    rf"(?P<before>^|[\s,\[{{])(?P<token>(?:[!*&]{_WORD}*|[^-\s,\[\]{{}}\"'#!*&]{_WORD}*(?=\[[-0-9]*:))(?:\[[-0-9:]*\]{_WORD}*)*)"
+    rf"(?P<before>^|[\s,\[{{])(?P<token>(?:[!*&]{_WORD}*|[^-\s,\[\]{{}}\"'#!*&]{_WORD}*(?=\[[-0-9]*:))(?:\[[-0-9:]*\]{_WORD}*)*"
+    r"|\[-?[0-9]*:[-0-9:]*\])"
 )
 
 
@@ -245,7 +246,7 @@ class _Builder:
                     if documents > 1:
                         self._refuse("several documents in one file; expected one", line)
                 elif isinstance(event, yaml.AliasEvent):
-                    self._refuse(f"*{event.anchor} is read as an alias" + self._line_to_type(line), line)
+                    self._refuse(f"*{shown(event.anchor)} is read as an alias" + self._line_to_type(line), line)
                 elif isinstance(event, yaml.MappingEndEvent | yaml.SequenceEndEvent):
                     stack.pop()
                 elif isinstance(event, yaml.NodeEvent):
@@ -272,17 +273,19 @@ class _Builder:
         if isinstance(parent, dict) and not waiting:
             if not isinstance(value, Hashable):
                 self._refuse("a key is text or a number, not a list or mapping" + self._line_to_type(line), line)
-            if value in parent or (isinstance(value, int) and str(value) in parent):
+            # As JSON spells it: 0 and "0" are one key there.
+            spelled = value if isinstance(value, str) else json.dumps(value)
+            if (*place, spelled) in self.lines:
                 self._refuse(
                     f'the key "{shown(value)}" stands twice in {describe_place(place) or "the document"}', line
                 )
             waiting.append(value)
-            self.lines[(*place, str(value))] = line
+            self.lines[(*place, spelled)] = line
             return
         if isinstance(parent, dict):
             key = waiting.pop()
             parent[key] = value
-            here = (*place, str(key))
+            here = (*place, key if isinstance(key, str) else json.dumps(key))
         else:
             here = (*place, len(parent)) if len(stack) > 1 else ()
             parent.append(value)

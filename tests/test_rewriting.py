@@ -340,3 +340,18 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", script, *arguments], check=True, capture_output=True, env=environment)
     assert (tmp_path / "out" / "model.safetensors").stat().st_size >= size
+
+
+def test_a_manifest_elsewhere(single, tmp_path):
+    manifest = ckptsurg.rewrite(PLAIN, single, tmp_path / "out", manifest=tmp_path / "m" / "a.json")
+    assert ckptsurg.load_manifest(tmp_path / "m" / "a.json") == manifest == ckptsurg.load_manifest(tmp_path / "out")
+    ckptsurg.rewrite(PLAIN, single, tmp_path / "b.safetensors", manifest=tmp_path / "m" / "b.json")
+    assert ckptsurg.load_manifest(tmp_path / "m" / "b.json").root == manifest.root
+    assert not (tmp_path / "b.freeze.json").exists()
+    ckptsurg.rewrite(PLAIN, single, tmp_path / "c", manifest=tmp_path / "c" / "freeze.json")
+    _refused("exists already", single, tmp_path / "d", manifest=tmp_path / "m" / "a.json")
+    _refused("is the base", single, tmp_path / "d", manifest=single, overwrite=True)
+    _refused("lies inside the output", single, tmp_path / "d", manifest=tmp_path / "d" / "m.json")
+    (tmp_path / "no").write_text("a file, not a folder")
+    _refused("File exists", single, tmp_path / "d", ckptsurg.SystemFailure, manifest=tmp_path / "no" / "m.json")
+    assert not (tmp_path / "d").exists()

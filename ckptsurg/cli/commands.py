@@ -74,12 +74,11 @@ def plan(spec: Path, ckpt: Path, as_json: bool) -> None:
     from ..api import load_spec, plan
     from . import rendering
 
-    loaded = load_spec(spec)
-    result = plan(loaded, ckpt)
+    result = plan(spec, ckpt)
     if as_json:
         _print_document(result)
     else:
-        rendering.show_plan(loaded, result)
+        rendering.show_plan(load_spec(spec), result)
 
 
 @cli.command()

@@ -65,7 +65,7 @@ def _joined(segment: str, node: Node) -> tuple[str, Node]:
     """A module with one child is shown with it in one line."""
     while node.info is None and len(node.children) == 1:
         [(below, child)] = node.children.items()
-        segment, node = f"{segment}.{below}", child
+        segment, node = f"{segment}{'' if segment.endswith('/') else '.'}{below}", child
     return segment, node
 
 
@@ -74,7 +74,8 @@ def build(tensors: Mapping[str, TensorInfo]) -> Node:
     root = Node()
     for name, info in tensors.items():
         place = root
-        for segment in name.replace("/", ".").split(".", _DEEPEST):
+        # A slash stays with the segment before it: a.b and a/b are two tensors.
+        for segment in name.replace("/", "/.").split(".", _DEEPEST):
             place = place.children.setdefault(segment, Node())
         place.info = info
     _tell_apart(root, {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..checkpoints import Checkpoint
-from ..errors import UsageError, shown
+from ..errors import UsageError, shown, system_failures
 from .folder import open_folder, open_index
 from .safetensors import open_single
 
@@ -23,10 +23,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         SystemFailure: if the system cannot read it.
     """
     path = Path(path)
-    if path.is_dir():
-        return open_folder(path)
-    if not path.exists():
-        raise UsageError(f"{shown(path)}: no such file or folder")
-    if path.name.endswith(".index.json"):
-        return open_index(path)
-    return open_single(path)
+    with system_failures(shown(path)):
+        if path.is_dir():
+            return open_folder(path)
+        if not path.exists():
+            raise UsageError(f"{shown(path)}: no such file or folder")
+        if path.name.endswith(".index.json"):
+            return open_index(path)
+        return open_single(path)

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..checkpoints import Checkpoint, Extent, Index, StoredFile
-from ..errors import CheckpointError, SystemFailure, UsageError, enumerate_names, shown
+from ..checkpoints import Checkpoint, Extent, Index, StoredFile, read_small
+from ..errors import CheckpointError, UsageError, enumerate_names, shown
 from ..header import open_file
 from ..tensors import TensorInfo
 from ..texts import parse_json
@@ -107,15 +107,7 @@ def _read_index(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
     def refuse(message: str) -> NoReturn:
         raise CheckpointError(f"{label}: {message}")
 
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_INDEX_BYTES + 1)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(f"{label}: no such file") from None
-    except OSError as failure:
-        raise SystemFailure(f"{label}: cannot be read: {failure.strerror}") from None
-    if len(raw) > MAX_INDEX_BYTES:
-        refuse(f"the index is larger than {MAX_INDEX_BYTES:,} bytes")
+    raw = read_small(path, MAX_INDEX_BYTES)
     try:
         index = parse_json(raw.decode("utf-8"))
     except UnicodeDecodeError as failure:
@@ -167,9 +159,9 @@ def _refuse_outside(path: Path, folder: Path, missing: str | None = None) -> Non
         raise CheckpointError(missing, hint="fetch it, or save the checkpoint again") from None
     except (OSError, RuntimeError) as failure:
         raise CheckpointError(f"{shown(path)}: cannot be followed: {shown(failure)}") from None
-    allowed = [home]
-    if home.parent.name == "snapshots":
-        allowed.append(home.parent.parent / "blobs")
+    # models--org--name/snapshots/REVISION/... links to models--org--name/blobs/.
+    snapshots = [place for place in home.parents if place.name == "snapshots"]
+    allowed = [home, *(place.parent / "blobs" for place in snapshots[:1])]
     if not any(real.is_relative_to(place) for place in allowed):
         raise CheckpointError(
             f"{shown(path)}: is a link that leaves the folder, to {shown(real)}",

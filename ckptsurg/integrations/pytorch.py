@@ -70,9 +70,8 @@ def freeze(
             hint="load the published weights into the model, then freeze it",
         )
     if unknown:
-        warnings.warn(
-            f"left as they are, the manifest lacks them: {enumerate_names(unknown)}", UserWarning, stacklevel=2
-        )
+        message = f"left as they are, the manifest lacks them: {enumerate_names(unknown)}"
+        warnings.warn(message, UserWarning, stacklevel=3)
     return FrozenModel(model, manifest, names, unknown)
 
 
