@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .initializers import element_type
+from .elements import element_type, unpacked
 from .report import Detail, Verdict
-from .tensors import ALGORITHMS, DTYPE_BITS, Buffer, Hasher, TensorInfo
+from .tensors import ALGORITHMS, Buffer, Hasher, TensorInfo
 
 __all__ = ["compare", "is_wider", "narrowed_digest", "same_bits"]
 
@@ -76,7 +76,7 @@ def compare(
     largest, finite = 0.0, True
     only_zeros = only_nans = True
     for one, other in zip(before(), after(), strict=True):
-        old, new = _elements(one, info.dtype), _elements(other, info.dtype)
+        old, new = unpacked(one, info.dtype), unpacked(other, info.dtype)
         where = np.flatnonzero(_differ(old, new))
         if where.size:
             changed += int(where.size)
@@ -94,15 +94,6 @@ def compare(
     verdict: Verdict = "sign_of_zero" if only_zeros else "nan_payload" if only_nans else "changed"
     index = tuple(int(part) for part in np.unravel_index(first, info.shape)) if info.shape else ()
     return verdict, Detail(elements_changed=changed, max_abs_diff=largest if finite else None, first_index=index)
-
-
-def _elements(chunk: Buffer, dtype: str) -> NDArray[np.generic]:
-    """One array item an element; packed elements are unpacked, lowest bits first."""
-    bits = DTYPE_BITS[dtype]
-    if bits >= 8:
-        return np.frombuffer(chunk, element_type(dtype))
-    unpacked = np.unpackbits(np.frombuffer(chunk, np.uint8), bitorder="little").reshape(-1, bits)
-    return np.packbits(unpacked, axis=1, bitorder="little").reshape(-1).view(element_type(dtype))
 
 
 def _differ(old: NDArray[np.generic], new: NDArray[np.generic]) -> NDArray[np.bool_]:

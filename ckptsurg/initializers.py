@@ -21,34 +21,16 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from .documents import canonical_json
+from .elements import element_type
 from .errors import CheckpointError, shown
 from .signatures import Initializer
 from .streams import FloatArray, cumulative, quantile, uniform, words
 from .tensors import Buffer, TensorInfo
 
-__all__ = ["Drawing", "element_type", "moments"]
+__all__ = ["Drawing", "moments"]
 
 #: Elements drawn at a time.
 BLOCK = 1 << 16
-
-
-def element_type(dtype: str) -> np.dtype[np.generic]:
-    """The numpy type of a dtype of one byte or more; of F4 and F6, one of a byte per element."""
-    native = {
-        "BOOL": "?", "U8": "u1", "I8": "i1", "I16": "<i2", "U16": "<u2", "F16": "<f2", "I32": "<i4", "U32": "<u4",
-        "F32": "<f4", "C64": "<c8", "F64": "<f8", "I64": "<i8", "U64": "<u8",
-    }  # fmt: skip
-    if dtype in native:
-        return np.dtype(native[dtype])
-    import ml_dtypes
-
-    extended = {
-        "BF16": "bfloat16", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu",
-        "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F4": "float4_e2m1fn",
-        "F6_E2M3": "float6_e2m3fn", "F6_E3M2": "float6_e3m2fn",
-    }  # fmt: skip
-    found: np.dtype[np.generic] = np.dtype(getattr(ml_dtypes, extended[dtype]))
-    return found
 
 
 class Drawing:
