@@ -51,9 +51,17 @@ def resolve_default(name: str, info: TensorInfo, siblings: Mapping[str, TensorIn
 def _owner(name: str, info: TensorInfo, siblings: Mapping[str, TensorInfo]) -> str:
     """The class of torch.nn that has these tensors."""
     weight, bias = siblings.get("weight"), siblings.get("bias")
-    if name.startswith(("weight_ih_l", "weight_hh_l", "bias_ih_l", "bias_hh_l", "weight_hr_l")):
+    if name.startswith(("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr_l")):
         return "RNN"
-    if name in ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+    if name in (
+        "in_proj_weight",
+        "in_proj_bias",
+        "q_proj_weight",
+        "k_proj_weight",
+        "v_proj_weight",
+        "bias_k",
+        "bias_v",
+    ):
         return "MultiheadAttention"
     if name not in ("weight", "bias") or weight is None:
         raise Ambiguous(
@@ -120,16 +128,20 @@ def _bilinear(name: str, info: TensorInfo, siblings: Mapping[str, TensorInfo]) -
 
 def _recurrent(name: str, info: TensorInfo, siblings: Mapping[str, TensorInfo]) -> Initializer:
     """Uniform within 1 / sqrt(hidden size), which the projection or else the hidden weight tells."""
-    hidden = siblings.get("weight_hr_l0") or siblings.get("weight_hh_l0")
+    candidates = (siblings.get(key) for key in ("weight_hr_l0", "weight_hh_l0", "weight_hh"))
+    hidden = next((weight for weight in candidates if weight is not None), None)
     if hidden is None or len(hidden.shape) != 2:
-        raise Ambiguous("`default` needs the hidden size, and there is no weight_hh_l0 beside this; write another init")
+        raise Ambiguous(
+            "`default` needs the hidden size, and there is no weight_hh_l0 beside this; write another init"
+        )
     return _uniform(1 / sqrt(hidden.shape[1])) if hidden.shape[1] else _ZEROS
 
 
 def _attention(name: str, info: TensorInfo, siblings: Mapping[str, TensorInfo]) -> Initializer:
     if len(info.shape) < 2:
         return _ZEROS
-    return Initializer(name="xavier_uniform", arguments={"gain": 1.0})
+    name_of_init = "xavier_normal" if name in ("bias_k", "bias_v") else "xavier_uniform"
+    return Initializer(name=name_of_init, arguments={"gain": 1.0})
 
 
 _Rule = Callable[[str, TensorInfo, Mapping[str, TensorInfo]], Initializer]

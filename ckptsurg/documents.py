@@ -20,7 +20,7 @@ __all__ = ["Document", "Model", "canonical_json", "fail", "suggest"]
 class Model(BaseModel):
     """A part of a document: nothing is converted, unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Document(Model):

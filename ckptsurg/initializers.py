@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from math import ceil, fsum, isfinite, prod, sqrt
 from threading import Lock
+from typing import Any
 
 import numpy as np
 from blake3 import blake3
@@ -111,7 +112,7 @@ class Drawing:
 
 
 #: Values of elements start to stop, shape [stop - start].
-_Values = Callable[[int, int], NDArray[np.generic]]
+_Values = Callable[[int, int], NDArray[Any]]
 
 
 def _constant(drawing: Drawing, val: float) -> _Values:
@@ -126,7 +127,7 @@ def _normal(drawing: Drawing, mean: float, std: float) -> _Values:
     if not drawing.is_complex:
         return lambda start, stop: mean + std * drawing.normals(start, stop)
 
-    def values(start: int, stop: int) -> NDArray[np.generic]:
+    def values(start: int, stop: int) -> NDArray[Any]:
         # As torch: half of the variance to the real part, half to the imaginary part.
         parts = std / sqrt(2) * drawing.normals(2 * start, 2 * stop)
         return np.asarray(mean + parts.view(np.complex128))
@@ -137,9 +138,12 @@ def _normal(drawing: Drawing, mean: float, std: float) -> _Values:
 def _trunc_normal(drawing: Drawing, mean: float, std: float, a: float, b: float) -> _Values:
     if std == 0:
         return _constant(drawing, min(max(mean, a), b))
+    if a > mean:  # near one, probabilities have no digits left: the mirror image is drawn from the lower tail
+        mirrored = _trunc_normal(drawing, -mean, std, -b, -a)
+        return lambda start, stop: np.negative(mirrored(start, stop))
     low, high = cumulative((a - mean) / std), cumulative((b - mean) / std)
 
-    def values(start: int, stop: int) -> NDArray[np.generic]:
+    def values(start: int, stop: int) -> NDArray[Any]:
         probability = low + (high - low) * drawing.uniforms(start, stop)
         inside = np.clip(probability, 2.0**-1022, 1.0 - 2.0**-53)
         return np.clip(mean + std * quantile(inside), a, b)
@@ -174,7 +178,7 @@ def _kaiming_normal(drawing: Drawing, a: float, mode: str, nonlinearity: str) ->
 def _eye(drawing: Drawing) -> _Values:
     columns = drawing.shape[1]
 
-    def values(start: int, stop: int) -> NDArray[np.generic]:
+    def values(start: int, stop: int) -> NDArray[Any]:
         row, column = np.divmod(np.arange(start, stop), columns)
         return np.asarray(row == column, np.float64)
 
@@ -185,7 +189,7 @@ def _dirac(drawing: Drawing, groups: int) -> _Values:
     outputs, inputs, *kernel = drawing.shape
     centre = sum(size // 2 * prod(kernel[axis + 1 :]) for axis, size in enumerate(kernel))
 
-    def values(start: int, stop: int) -> NDArray[np.generic]:
+    def values(start: int, stop: int) -> NDArray[Any]:
         channel, inside = np.divmod(np.arange(start, stop), prod(kernel))
         output, source = np.divmod(channel, inputs)
         return np.asarray((output % (outputs // groups) == source) & (inside == centre), np.float64)
@@ -224,7 +228,7 @@ def _of_whole(whole: Callable[[], FloatArray]) -> _Values:
     once = cache(whole)
     lock = Lock()
 
-    def values(start: int, stop: int) -> NDArray[np.generic]:
+    def values(start: int, stop: int) -> NDArray[Any]:
         with lock:
             return once()[start:stop]
 
@@ -268,7 +272,10 @@ def moments(read: Callable[[], Iterable[Buffer]], info: TensorInfo, name: str) -
     mean = _sum(read, info, lambda values: values) / info.elements
     if not isfinite(mean):
         raise CheckpointError(f'like: "{shown(name)}" has values that are not finite')
-    return mean, sqrt(_sum(read, info, lambda values: (values - mean) * (values - mean)) / info.elements)
+    variance = _sum(read, info, lambda values: (values - mean) * (values - mean)) / info.elements
+    if not isfinite(variance):
+        raise CheckpointError(f'like: the variance of "{shown(name)}" is out of range')
+    return mean, sqrt(variance)
 
 
 def _sum(read: Callable[[], Iterable[Buffer]], info: TensorInfo, term: Callable[[FloatArray], FloatArray]) -> float:

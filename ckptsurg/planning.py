@@ -211,7 +211,7 @@ class _Draws:
             except Ambiguous as error:
                 self._report.add(place, f"{shown(name)} {info}: {error}")
                 return init
-            if leaf == "num_batches_tracked":  # an integer, but a counter that begins at zero
+            if leaf == "num_batches_tracked" and init.name == "zeros":  # an integer, but a counter that begins at zero
                 return init
         if reason := refusal(init, info):
             self._report.add(place, f"{shown(name)}: {reason}")

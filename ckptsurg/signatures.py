@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, ValidationError, model_serializer, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import CoreSchema
 
 from .documents import Model, fail, suggest
@@ -86,6 +94,13 @@ MODULES = (
 class _Default(Model):
     module: str | None = None
 
+    @field_validator("module")
+    @classmethod
+    def _known(cls, module: str | None) -> str | None:
+        if module is not None and module not in MODULES:
+            raise fail(f'unknown module "{shown(module)}"' + suggest(module, MODULES))
+        return module
+
 
 #: The arguments of each initializer: names and defaults of ``torch.nn.init``.
 _ARGUMENTS: dict[str, type[Model]] = {
@@ -134,8 +149,6 @@ def _initializer(value: object) -> object:
     if name not in _ARGUMENTS:
         raise fail(f'unknown initializer "{shown(name)}"' + suggest(name, list(_ARGUMENTS)))
     if name == "default" and isinstance(arguments, str):
-        if arguments not in MODULES:
-            raise fail(f'default: unknown module "{shown(arguments)}"' + suggest(arguments, MODULES))
         arguments = {"module": arguments}
     model = _ARGUMENTS[name]
     if arguments is None:
@@ -158,7 +171,7 @@ def _checked_arguments(name: str, model: type[Model], arguments: dict[str, Any])
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         message = first["msg"][0].lower() + first["msg"][1:]
-        if not first["loc"]:
+        if first["type"] == "ckptsurg":
             raise fail(f"{name}: {message}") from None
         argument = first["loc"][-1]
         if first["type"] == "missing":
@@ -227,6 +240,8 @@ def refusal(init: Initializer, info: TensorInfo) -> str | None:
         return f"{init.name} draws tensors of {wanted} dimensions, this one has {rank}: {list(info.shape)}"
     if init.name == "dirac" and info.shape[0] % init.arguments["groups"]:
         return f"dirac: {info.shape[0]} output channels cannot be parted into {init.arguments['groups']} groups"
-    if init.name == "constant" and abs(init.arguments["val"]) > _LARGEST[info.dtype]:
-        return f"constant: {init.arguments['val']} is out of the range of {info.dtype}"
+    bounds = {"constant": ("val",), "uniform": ("a", "b"), "trunc_normal": ("a", "b")}.get(init.name, ())
+    for value in (init.arguments[bound] for bound in bounds):
+        if abs(value) > _LARGEST[info.dtype]:
+            return f"{init.name}: {value} is out of the range of {info.dtype}"
     return None
