@@ -131,9 +131,7 @@ def _recurrent(name: str, info: TensorInfo, siblings: Mapping[str, TensorInfo]) 
     candidates = (siblings.get(key) for key in ("weight_hr_l0", "weight_hh_l0", "weight_hh"))
     hidden = next((weight for weight in candidates if weight is not None), None)
     if hidden is None or len(hidden.shape) != 2:
-        raise Ambiguous(
-            "`default` needs the hidden size, and there is no weight_hh_l0 beside this; write another init"
-        )
+        raise Ambiguous("`default` needs the hidden size, and there is no weight_hh_l0 beside this; write another init")
     return _uniform(1 / sqrt(hidden.shape[1])) if hidden.shape[1] else _ZEROS
 
 
