@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from .errors import CheckpointError, SystemFailure, UsageError, shown, system_failures
-from .tensors import CHUNK_BYTES, TensorInfo
+from .tensors import CHUNK_BYTES, TensorInfo, digest_of
 
 __all__ = ["Checkpoint", "Extent", "Index", "StoredFile", "open_regular", "read_extent", "read_small"]
 
@@ -25,20 +25,24 @@ class StoredFile:
         name: Path inside the checkpoint's folder, with ``/``; for a lone file its own name.
         descriptor: Open for reading.
         status: What ``fstat`` said when the file was opened.
-        header_digest: Digest of the header's JSON bytes.
+        header: Length of the header's JSON, in bytes; it follows the eight bytes of its length.
         metadata: ``__metadata__``, or None where the file has none.
     """
 
     name: str
     descriptor: int
     status: os.stat_result
-    header_digest: str
+    header: int
     metadata: Mapping[str, str] | None
 
     @property
     def size(self) -> int:
         """Size in bytes."""
         return self.status.st_size
+
+    def header_digest(self, algorithm: str) -> str:
+        """Digest of the header's JSON bytes, padding included."""
+        return digest_of(read_extent(Extent(self, 8, self.header), shown(self.name)), algorithm)
 
     def refuse_if_changed(self, label: str) -> None:
         """Raise CheckpointError if somebody wrote to the file since it was opened."""

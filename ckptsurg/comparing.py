@@ -73,7 +73,7 @@ def compare(
         The verdict and its detail; None if the bits are the same.
     """
     changed, first, position = 0, -1, 0
-    largest, finite = 0.0, True
+    largest = 0.0
     only_zeros = only_nans = True
     for one, other in zip(before(), after(), strict=True):
         old, new = unpacked(one, info.dtype), unpacked(other, info.dtype)
@@ -81,24 +81,37 @@ def compare(
         if where.size:
             changed += int(where.size)
             first = position + int(where[0]) if first < 0 else first
-            a, b = _values(old[where]), _values(new[where])
-            with np.errstate(all="ignore"):
-                difference = float(np.max(np.abs(b - a)))
-            finite = finite and bool(np.isfinite(difference))
-            largest = max(largest, difference)
-            only_zeros = only_zeros and not (np.any(a) or np.any(b))
-            only_nans = only_nans and bool(np.all(np.isnan(a) & np.isnan(b)))
+            with np.errstate(all="ignore"):  # signalling NaNs signal
+                a, b = old[where], new[where]
+                largest = max(largest, _largest_difference(a, b))
+                only_zeros = only_zeros and not (np.any(a) or np.any(b))
+                only_nans = only_nans and bool(np.all(np.isnan(_values(a)) & np.isnan(_values(b))))
         position += len(old)
     if not changed:
         return None
     verdict: Verdict = "sign_of_zero" if only_zeros else "nan_payload" if only_nans else "changed"
     index = tuple(int(part) for part in np.unravel_index(first, info.shape)) if info.shape else ()
-    return verdict, Detail(elements_changed=changed, max_abs_diff=largest if finite else None, first_index=index)
+    return verdict, Detail(
+        elements_changed=changed, max_abs_diff=largest if np.isfinite(largest) else None, first_index=index
+    )
 
 
 def _differ(old: NDArray[np.generic], new: NDArray[np.generic]) -> NDArray[np.bool_]:
     raw = f"V{old.dtype.itemsize}" if old.dtype.itemsize not in (1, 2, 4, 8) else f"u{old.dtype.itemsize}"
     return np.asarray(old.view(raw) != new.view(raw))
+
+
+def _largest_difference(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """The largest absolute difference; infinite where one is not finite."""
+    if a.dtype.kind in "iu":
+        # Differences modulo 2^64 are exact, where doubles would round large integers.
+        low, high = (
+            np.where((a < b) == flag, a, b).astype(np.int64 if a.dtype.kind == "i" else np.uint64)
+            for flag in (True, False)
+        )
+        return float(np.max(high.view(np.uint64) - low.view(np.uint64)))
+    difference = float(np.max(np.abs(_values(b) - _values(a))))
+    return difference if np.isfinite(difference) else np.inf
 
 
 def _values(array: NDArray[np.generic]) -> NDArray[Any]:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from .checkpoints import Extent, StoredFile, open_regular
 from .errors import CheckpointError, shown, system_failures
-from .tensors import DTYPE_BITS, TensorInfo, digest_of
+from .tensors import DTYPE_BITS, TensorInfo
 from .texts import parse_json
 
 __all__ = ["MAX_HEADER_BYTES", "OpenedFile", "encode_header", "open_file"]
@@ -71,7 +71,7 @@ def open_file(path: Path, name: str, flags: int = 0) -> OpenedFile:
             header = _read_header(descriptor, status.st_size, label)
         metadata, entries = _parse_header(header, label)
         start = _LENGTH_BYTES + len(header)
-        file = StoredFile(name, descriptor, status, digest_of([header]), metadata)
+        file = StoredFile(name, descriptor, status, len(header), metadata)
         tensors, extents = _check_layout(file, entries, start, label)
     except BaseException:
         os.close(descriptor)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, StringConstraints
 
@@ -160,10 +160,10 @@ def _counts(tensors: Mapping[str, TensorRecord], dropped: tuple[str, ...]) -> di
 
 
 def _tied(tensors: Mapping[str, TensorRecord]) -> tuple[tuple[str, ...], ...]:
-    groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    groups: dict[str, list[str]] = defaultdict(list)
     for name, record in tensors.items():
         if record.frozen and len(record.shape) >= 2:
-            groups[record.dtype, record.shape, record.digest].append(name)
+            groups[record.digest].append(name)
     return tuple(tuple(names) for names in groups.values() if len(names) > 1)
 
 

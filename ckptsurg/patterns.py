@@ -149,11 +149,12 @@ def pick(numbers: Sequence[int], text: str, module: str) -> set[int]:
     end = numbers[-1] + 1
     children = f"{where} has children {_ranges(numbers)}"
     contiguous = end - numbers[0] == len(numbers)
+    by_name = f"name those you mean: {{{','.join(map(str, numbers[-2:]))}}}"
 
     def bound(part: str) -> int:
         value = int(part)
         if value < 0 and not contiguous:
-            raise PatternError(f"{text} counts from the end, but {children}, with gaps; name them: {{2,5}}")
+            raise PatternError(f"{text} counts from the end, but {children}, with gaps; {by_name}")
         return value + end if value < 0 else value
 
     inside = text[1:-1]
@@ -167,7 +168,7 @@ def pick(numbers: Sequence[int], text: str, module: str) -> set[int]:
     if step == 0:
         raise PatternError(f"{text}: the step of a slice is not zero")
     if step != 1 and not contiguous:
-        raise PatternError(f"{text} has a step, but {children}, with gaps; name them: {{2,5}}")
+        raise PatternError(f"{text} has a step, but {children}, with gaps; {by_name}")
     low, high = (bound(part) if part else None for part in (start_text, stop_text))
     for value in (low, high):
         if value is not None and not 0 <= value <= end:

@@ -85,8 +85,8 @@ def rewrite(
         dropped = [tensor.name for tensor in plan.tensors if tensor.action == "drop"]
         document = Manifest.of(
             carrier.records,
-            spec=SpecIdentity(name=spec.name, digest=spec.digest),
-            base=_base_files(base),
+            spec=SpecIdentity(name=spec.name, digest=spec.digest(algorithm)),
+            base=_base_files(base, algorithm),
             dropped=dropped,
             algorithm=algorithm,
         )
@@ -140,8 +140,8 @@ def describe(
         source.refuse_if_changed()
     return Manifest.of(
         records,
-        spec=SpecIdentity(name=spec.name, digest=spec.digest),
-        base=_base_files(source) if isinstance(source, Checkpoint) else (),
+        spec=SpecIdentity(name=spec.name, digest=spec.digest(algorithm)),
+        base=_base_files(source, algorithm) if isinstance(source, Checkpoint) else (),
         dropped=(),
         algorithm=algorithm,
     )
@@ -165,8 +165,10 @@ def _record(tensor: PlannedTensor, digest: str) -> TensorRecord:
     return TensorRecord(dtype=tensor.dtype, shape=tensor.shape, frozen=tensor.frozen, origin=origin, digest=digest)
 
 
-def _base_files(base: Checkpoint) -> list[BaseFile]:
-    return [BaseFile(file=file.name, size=file.size, header_digest=file.header_digest) for file in base.files]
+def _base_files(base: Checkpoint, algorithm: str) -> list[BaseFile]:
+    return [
+        BaseFile(file=file.name, size=file.size, header_digest=file.header_digest(algorithm)) for file in base.files
+    ]
 
 
 def _write_others(

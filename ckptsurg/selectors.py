@@ -83,13 +83,13 @@ def select(spec: Spec, place: Place, items: Sequence[Item], space: Space) -> Sel
         pattern = item.match[1:] if negative else item.match
         if negative and position == 0:
             problems.append(
-                spec.problem(here, f'begins with "{shown(item.match)}"; a list begins with what it selects')
+                spec.problem((*here, "match"), f'begins with "{shown(item.match)}"; a list begins with what it selects')
             )
             continue
         try:
             hits = space.names.match(pattern)
         except PatternError as error:
-            problems.append(spec.problem(here, f'"{shown(item.match)}": {error}'))
+            problems.append(spec.problem((*here, "match"), f'"{shown(item.match)}": {error}'))
             continue
         total = np.zeros(count, np.bool_)
         idle: list[tuple[str, int]] = []
@@ -100,13 +100,13 @@ def select(spec: Spec, place: Place, items: Sequence[Item], space: Space) -> Sel
             if not taken.any() and not item.optional:
                 idle.append((alternative, int(hit.sum())))
         if idle:
-            problems.append(spec.problem(here, _explain_nothing(item, idle, len(hits), negative, space)))
+            problems.append(spec.problem((*here, "match"), _explain_nothing(item, idle, len(hits), negative, space)))
         found = int(total.sum())
-        if item.expect not in (None, found) and (found or item.optional):
+        if found and item.expect not in (None, found):
             names = [space.names.names[index] for index in np.flatnonzero(total).tolist()]
             verb = "takes away" if negative else "selects"
             message = f'"{shown(item.match)}" {verb} {counted(found)}, expected {item.expect:,}'
-            problems.append(spec.problem(here, message + (f": {enumerate_names(names, 3)}" if names else "")))
+            problems.append(spec.problem((*here, "expect"), f"{message}: {enumerate_names(names, 3)}"))
         mask = mask & ~total if negative else mask | total
         decided[total] = position
         notes += _slips(spec.written(here), item, pattern, total, space)

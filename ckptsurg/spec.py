@@ -186,10 +186,9 @@ class Spec(Document):
     def label(self) -> str:
         return self._text.label
 
-    @property
-    def digest(self) -> str:
+    def digest(self, algorithm: str = "blake3") -> str:
         """Digest of the validated spec as canonical JSON: how it was written does not matter."""
-        return digest_of([canonical_json(self.model_dump(mode="json"))])
+        return digest_of([canonical_json(self.model_dump(mode="json"))], algorithm)
 
     def problem(self, place: Place, message: str) -> Problem:
         """A problem at a place of the document as the user wrote it."""

@@ -52,17 +52,21 @@ class Text:
     def nearest(self, place: Place) -> Place:
         """The place itself, or the innermost one around it that the document has."""
         value = self.data
-        for depth, part in enumerate(place):
+        here: Place = ()
+        for part in place:
             if isinstance(value, dict):
                 keys = {key if isinstance(key, str) else json.dumps(key): key for key in value}
+                if part == 0 and "0" not in keys:
+                    continue  # a lone item stands for a list of one
                 if str(part) not in keys:
-                    return place[:depth]
+                    break
                 value = value[keys[str(part)]]
             elif isinstance(value, list) and isinstance(part, int) and part < len(value):
                 value = value[part]
             else:
-                return place[:depth]
-        return place
+                break
+            here = (*here, part)
+        return here
 
     def line(self, place: Place) -> int | None:
         here = self.nearest(place)

@@ -262,7 +262,7 @@ def test_a_config_nested_to_any_depth_is_read_or_refused_in_words(tmp_path: Path
         nested = '{"x":' * depth + "1" + "}" * depth
         path = write(tmp_path / "spec.json", f'{{"version": 1, "config": {{"set": {nested}}}}}')
         try:
-            assert ckptsurg.load_spec(path).digest.startswith("blake3:")
+            assert ckptsurg.load_spec(path).digest().startswith("blake3:")
         except ckptsurg.SpecError:
             refused.append(depth)
     assert 10 not in refused

@@ -86,7 +86,7 @@ TYPOS = {
     ),
     "an expected count": (
         'version: 1\nfreeze: [{match: "**.bias", expect: 8}]\n',
-        'spec.yaml:2: freeze[0]: "**.bias" selects 9 tensors, expected 8: fc.bias, layer1.0.bn.bias, layer1.1.bn.bias '
+        'spec.yaml:2: freeze[0].expect: "**.bias" selects 9 tensors, expected 8: fc.bias, layer1.0.bn.bias, layer1.1.bn.bias '
         "and 6 more",
     ),
     "a claim by two keys": (
@@ -155,7 +155,7 @@ def test_all_problems_are_reported_at_once(base, tmp_path):
         ckptsurg.plan(spec, base)
     assert [problem.path for problem in caught.value.problems] == [
         "freeze[1]",
-        "reinit[1]",
+        "reinit[1].match",
         "reinit[0]",
         "reinit[0].init",
         "add[0].name",
