@@ -1,4 +1,21 @@
-"""Declarative surgery on model checkpoints, with proof that frozen weights stayed frozen."""
+"""Declarative surgery on model checkpoints, with proof that frozen weights stayed frozen.
+
+Data flows one way; each module knows only those further down in its line or below.
+
+    cli, demo                    arguments in, rendering out
+    api, coercing                the public functions; paths or objects taken alike
+    formats, integrations        how files, and how live models, become named tensors
+    rewriting, verifying         carry a plan out; prove that frozen tensors have their bits
+      layout, copying, publishing    where bytes go, how they are moved, how they become visible
+      initializers, random_bits      named values, the same for good
+      comparing, renaming            two versions of a tensor; two names of one
+    planning                     spec x headers -> one action for every tensor
+      selectors, matching, patterns  which tensors a pattern selects
+      defaults                       what ``default`` draws
+    spec, plans, manifest, report    the four documents; documents and parsing read them strictly
+    checkpoints, header          files held open, and the safetensors header
+    tensors, errors, wording     what all others speak of
+"""
 
 from __future__ import annotations
 
@@ -8,12 +25,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import diff as diff
     from .api import freeze as freeze
+    from .api import inspect as inspect
     from .api import make_manifest as make_manifest
     from .api import plan as plan
     from .api import rewrite as rewrite
     from .api import verify as verify
+    from .api import write_manifest as write_manifest
     from .errors import CheckpointError as CheckpointError
     from .errors import CkptsurgError as CkptsurgError
+    from .errors import DocumentError as DocumentError
     from .errors import FreezeError as FreezeError
     from .errors import FrozenWeightsChanged as FrozenWeightsChanged
     from .errors import ManifestError as ManifestError
@@ -33,6 +53,7 @@ _HOMES = {
     "CheckpointError": "errors",
     "CkptsurgError": "errors",
     "DiffReport": "report",
+    "DocumentError": "errors",
     "FreezeError": "errors",
     "FrozenWeightsChanged": "errors",
     "Manifest": "manifest",
@@ -45,6 +66,7 @@ _HOMES = {
     "UsageError": "errors",
     "diff": "api",
     "freeze": "api",
+    "inspect": "api",
     "load_manifest": "manifest",
     "load_spec": "spec",
     "make_manifest": "api",
@@ -52,6 +74,7 @@ _HOMES = {
     "plan": "api",
     "rewrite": "api",
     "verify": "api",
+    "write_manifest": "api",
 }
 
 __all__ = sorted(_HOMES)

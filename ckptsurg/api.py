@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import TypeAdapter
 
 from . import planning, rewriting, verifying
-from .aligning import Renaming
 from .checkpoints import Checkpoint
+from .coercing import (
+    ManifestLike,
+    PathLike,
+    SpecLike,
+    TensorsLike,
+    as_algorithm,
+    as_manifest,
+    as_path,
+    as_size,
+    as_spec,
+    as_spec_or_patterns,
+    checkpoint_of,
+    tensors_of,
+)
 from .config import edited_config
-from .documents import Document
-from .errors import DocumentError, Problem, SpecError, UsageError, shown, system_failures
-from .formats import open_checkpoint
+from .describing import describe
+from .errors import DocumentError, Problem, SpecError, UsageError, system_failures
 from .formats.folder import companions
 from .inspection import Inspection, inspect_checkpoint
-from .manifest import Manifest, load_manifest
+from .manifest import Manifest, is_file_output, load_manifest
+from .metering import Progress
+from .parsing import read_text
 from .plans import Plan
+from .publishing import publish_manifest
+from .renaming import Renaming
 from .report import DiffReport, Report
-from .selectors import unmatched
 from .spec import Spec, load_spec
-from .tensors import ALGORITHMS, TensorSource
-from .texts import Text, read_text
+from .wording import shown
 
 if TYPE_CHECKING:
     import torch
 
     from .integrations.pytorch import FrozenModel
+
+_log = logging.getLogger("ckptsurg")
 
 __all__ = [
     "diff",
@@ -46,22 +63,17 @@ __all__ = [
     "write_manifest",
 ]
 
-PathLike: TypeAlias = "str | Path"
-SpecLike: TypeAlias = "PathLike | Spec | Mapping[str, Any]"
-ManifestLike: TypeAlias = "PathLike | Manifest"
-#: A checkpoint, by path or opened; a live model; a state dict.
-TensorsLike: TypeAlias = "PathLike | TensorSource | torch.nn.Module | Mapping[str, torch.Tensor]"
-Progress: TypeAlias = Callable[[int, int], None]
-
 
 def inspect(ckpt: PathLike | Checkpoint, patterns: Sequence[str] = ()) -> Inspection:
     """The contents of a checkpoint, or what patterns select of it. Only headers are read.
 
     Raises:
         SpecError: if a pattern cannot be read or selects nothing.
-        CheckpointError: if the checkpoint is malformed.
+        UsageError: if there is no checkpoint at the path.
+        CheckpointError: if it is malformed.
+        SystemFailure: if it cannot be read.
     """
-    with _checkpoint(ckpt) as opened:
+    with checkpoint_of(ckpt) as opened:
         return inspect_checkpoint(opened, patterns)
 
 
@@ -70,10 +82,12 @@ def plan(spec: SpecLike, ckpt: PathLike | Checkpoint) -> Plan:
 
     Raises:
         SpecError: if the spec is not valid or does not fit the checkpoint.
+        UsageError: if there is no spec or checkpoint at the path.
         CheckpointError: if the checkpoint is malformed.
+        SystemFailure: if it cannot be read.
     """
-    with _checkpoint(ckpt) as base:
-        return _plan(_spec(spec, base), base)[0]
+    with checkpoint_of(ckpt) as base:
+        return _plan(as_spec(spec, base), base)[0]
 
 
 def rewrite(
@@ -107,24 +121,33 @@ def rewrite(
         CheckpointError: if the checkpoint is malformed, or changes meanwhile.
         SystemFailure: if the system fails; nothing is published then.
     """
-    with _checkpoint(ckpt) as base:
-        spec = _spec(spec, base)
-        planned, config = _plan(spec, base)
-        with system_failures(base.label):
-            others, left = companions(base, keep_other_weights=keep_other_weights)
-        if left and not str(out).endswith(".safetensors"):
-            rewriting.say_left_behind(left)
+    target = as_path(out)
+    if target.name in ("", ".."):
+        target = target.resolve()
+    with checkpoint_of(ckpt) as base:
+        document = as_spec(spec, base)
+        planned, edited = _plan(document, base)
+        brings_others = not is_file_output(target)
+        if edited is not None and not brings_others:
+            message = f"{shown(target)} is a lone file and has no config.json; give a folder, or leave `config` out"
+            raise SpecError(document.label, [document.problem(("config",), message)])
+        for note in planned.notes:
+            _log.info("note: %s", note)
+        others: dict[str, Path] = {}
+        if brings_others:
+            with system_failures(base.label):
+                others = companions(base, keep_other_weights=keep_other_weights)
         return rewriting.rewrite(
-            spec,
+            document,
             planned,
             base,
-            Path(out),
+            target,
             others=others,
-            config=config,
-            manifest=None if manifest is None else Path(manifest),
+            config=edited,
+            manifest_at=None if manifest is None else as_path(manifest),
             overwrite=overwrite,
-            max_shard_size=_size(max_shard_size),
-            algorithm=_algorithm(digest),
+            max_shard_size=as_size(max_shard_size),
+            algorithm=as_algorithm(digest),
             progress=progress,
         )
 
@@ -147,15 +170,19 @@ def make_manifest(
 
     Raises:
         SpecError: if the spec does anything but freeze, or does not fit.
+        UsageError: if there is no spec or checkpoint at the path.
+        CheckpointError: if the checkpoint is malformed, or changes meanwhile.
+        FreezeError: if a tensor of a live model cannot be read.
+        SystemFailure: if the checkpoint cannot be read.
     """
-    with _source(ckpt_or_model) as source:
-        spec = _spec_or_patterns(spec_or_patterns, source)
+    with tensors_of(ckpt_or_model) as source:
+        spec = as_spec_or_patterns(spec_or_patterns, source)
         acting = [key for key in ("drop", "reinit", "add", "config") if getattr(spec, key)]
         if acting:
             problems = [spec.problem((key,), "changes the checkpoint; a manifest alone only freezes") for key in acting]
             raise SpecError(spec.label, problems, hint="`ckptsurg rewrite` publishes the output with its manifest")
         planned = planning.plan(spec, source)
-        return rewriting.describe(spec, planned, source, algorithm=_algorithm(digest), progress=progress)
+        return describe(spec, planned, source, algorithm=as_algorithm(digest), progress=progress)
 
 
 def verify(
@@ -186,14 +213,15 @@ def verify(
 
     Raises:
         ManifestError: if the manifest is not valid, or nothing in it is frozen.
-        UsageError: if the root is not the manifest's, or names do not fit.
+        UsageError: if the root is not the manifest's, names do not fit, or the baseline is another checkpoint.
         CheckpointError: if the checkpoint is malformed.
+        SystemFailure: if it cannot be read.
     """
-    document = _manifest(manifest)
+    document = as_manifest(manifest)
     if root is not None:
         verifying.check_root(document, root)
-    with _source(ckpt_or_model) as trained, ExitStack() as stack:
-        before = stack.enter_context(_source(baseline)) if baseline is not None else None
+    with tensors_of(ckpt_or_model) as trained, ExitStack() as stack:
+        before = stack.enter_context(tensors_of(baseline)) if baseline is not None else None
         widened = not isinstance(trained, Checkpoint) if allow_widened is None else allow_widened
         return verifying.verify(
             document,
@@ -211,12 +239,10 @@ def write_manifest(manifest: Manifest, path: PathLike, *, overwrite: bool = Fals
     """Publish a manifest by itself.
 
     Raises:
-        UsageError: if the path exists and is not to be overwritten.
+        UsageError: if the path exists and is not to be overwritten, or holds anything but a manifest.
+        SystemFailure: if the system fails; nothing is published then.
     """
-    target = Path(path)
-    if target.exists() and not overwrite:
-        raise UsageError(f"{shown(target)}: exists already", hint="--overwrite replaces it")
-    rewriting.write_manifest(manifest, target, overwrite=overwrite)
+    publish_manifest(manifest.to_bytes(), as_path(path), overwrite=overwrite)
 
 
 def load_names(path: PathLike) -> dict[str, str]:
@@ -225,7 +251,7 @@ def load_names(path: PathLike) -> dict[str, str]:
     Raises:
         DocumentError: if it does not map text to text.
     """
-    text = read_text(Path(path), DocumentError)
+    text = read_text(as_path(path), DocumentError)
     if not isinstance(text.data, dict) or not all(
         isinstance(key, str) and isinstance(value, str) for key, value in text.data.items()
     ):
@@ -234,17 +260,32 @@ def load_names(path: PathLike) -> dict[str, str]:
 
 
 def schema(document: str) -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of a document: ``spec``, ``plan``, ``manifest`` or ``report``."""
-    kinds: dict[str, type[Document]] = {"spec": Spec, "plan": Plan, "manifest": Manifest, "report": Report}
-    name = kinds[document].__name__.lower()
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": f"urn:ckptsurg:{name}:1"} | kinds[
-        document
-    ].model_json_schema()
+    """The JSON Schema (draft 2020-12) of a document: ``spec``, ``plan``, ``manifest`` or ``report``.
+
+    Raises:
+        UsageError: if there is no such document.
+    """
+    kinds: dict[str, TypeAdapter[Any]] = {
+        "spec": TypeAdapter(Spec),
+        "plan": TypeAdapter(Plan),
+        "manifest": TypeAdapter(Manifest),
+        "report": TypeAdapter(Report | DiffReport),
+    }
+    if document not in kinds:
+        raise UsageError(f'no document is called "{shown(document)}"; one of: {", ".join(kinds)}')
+    identity = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": f"urn:ckptsurg:{document}:1"}
+    return identity | kinds[document].json_schema(mode="validation" if document == "spec" else "serialization")
 
 
 def diff(a: TensorsLike, b: TensorsLike, *, progress: Progress | None = None) -> DiffReport:
-    """Compare two checkpoints, models or state dicts, tensor by tensor, bit by bit."""
-    with _source(a) as one, _source(b) as other:
+    """Compare two checkpoints, models or state dicts, tensor by tensor, bit by bit.
+
+    Raises:
+        UsageError: if there is nothing at a path.
+        CheckpointError: if a checkpoint is malformed, or changes meanwhile.
+        SystemFailure: if one cannot be read.
+    """
+    with tensors_of(a) as one, tensors_of(b) as other:
         return verifying.diff(one, other, progress=progress)
 
 
@@ -256,67 +297,16 @@ def freeze(
     *,
     allow_widened: bool = False,
 ) -> FrozenModel:
-    """Make a live model obey a manifest; see ``ckptsurg.integrations.pytorch.freeze``."""
+    """Make a live model obey a manifest; see ``ckptsurg.integrations.pytorch.freeze``.
+
+    Raises:
+        FreezeError: if the model does not hold what the manifest freezes; it is unchanged then.
+        ManifestError: if the manifest is not valid, or nothing in it is frozen.
+        UsageError: if names do not fit.
+    """
     from .integrations import pytorch
 
-    return pytorch.freeze(model, _manifest(manifest), names, extra, allow_widened=allow_widened)
-
-
-# --- Paths or objects -------------------------------------------------------------------------------
-
-
-def _spec(given: SpecLike, source: TensorSource) -> Spec:
-    """A spec; where it is not valid, the patterns in it that match nothing in the source are reported too."""
-    if isinstance(given, Spec):
-        return given
-    text = Text("spec", dict(given)) if isinstance(given, Mapping) else read_text(Path(given), SpecError)
-    try:
-        return Spec.from_text(text)
-    except SpecError as error:
-        raise SpecError(text.label, [*error.problems, *unmatched(text, source.tensors)]) from None
-
-
-def _spec_or_patterns(given: SpecLike | Iterable[str | Mapping[str, Any]], source: TensorSource) -> Spec:
-    """A text is a path if it has the ending of a document or is the name of a file; else it is a pattern."""
-    if isinstance(given, str) and not given.endswith((".yaml", ".yml", ".json")) and not Path(given).is_file():
-        return Spec.of_patterns(given)
-    if isinstance(given, str | Path | Spec | Mapping):
-        return _spec(given, source)
-    return Spec.of_patterns(given)
-
-
-def _manifest(given: ManifestLike) -> Manifest:
-    return given if isinstance(given, Manifest) else load_manifest(given)
-
-
-@contextmanager
-def _checkpoint(given: PathLike | Checkpoint) -> Iterator[Checkpoint]:
-    if isinstance(given, Checkpoint):
-        yield given
-    else:
-        with open_checkpoint(given) as opened:
-            yield opened
-
-
-@contextmanager
-def _source(given: TensorsLike) -> Iterator[TensorSource]:
-    if isinstance(given, str | Path):
-        with open_checkpoint(given) as opened:
-            yield opened
-        return
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(given, torch.nn.Module):
-        from .integrations.pytorch import source_of
-
-        yield source_of(given)
-    elif torch is not None and isinstance(given, Mapping):
-        from .integrations.torch_tensors import TorchTensors
-
-        yield TorchTensors(given, "the state dict")
-    elif hasattr(given, "tensors") and hasattr(given, "read"):
-        yield cast("TensorSource", given)
-    else:
-        raise UsageError(f"expected a path, checkpoint, model or state dict, found {shown(type(given).__name__)}")
+    return pytorch.freeze(model, as_manifest(manifest), names, extra, allow_widened=allow_widened)
 
 
 def _plan(spec: Spec, base: Checkpoint) -> tuple[Plan, bytes | None]:
@@ -334,26 +324,3 @@ def _plan(spec: Spec, base: Checkpoint) -> tuple[Plan, bytes | None]:
     if problems:
         raise SpecError(spec.label, problems)
     return planned.model_copy(update={"notes": (*planned.notes, *base.warnings, *config[1])}), config[0]
-
-
-_UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)}}
-_UNITS |= {f"{p}IB": 1024**n for n, p in enumerate("KMGT", 1)}
-
-
-def _size(given: int | str | None) -> int | None:
-    """Bytes in ``5GB`` (10^9) or ``5GiB`` (2^30)."""
-    if given is None:
-        return None
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", str(given).strip())
-    if match is None or match[2].upper() not in _UNITS:
-        raise UsageError(f'"{shown(given)}" is no size; write 5GB, 500MB or a number of bytes')
-    size = int(float(match[1]) * _UNITS[match[2].upper()])
-    if size < 1:
-        raise UsageError("the largest size of a shard must be at least one byte")
-    return size
-
-
-def _algorithm(given: str) -> str:
-    if given not in ALGORITHMS:
-        raise UsageError(f'unknown digest "{shown(given)}"; one of: {", ".join(ALGORITHMS)}')
-    return given

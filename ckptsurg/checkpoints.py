@@ -11,8 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from .errors import CheckpointError, SystemFailure, UsageError, shown, system_failures
+from .errors import CheckpointError, SystemFailure, UsageError, system_failures
 from .tensors import CHUNK_BYTES, TensorInfo, digest_of
+from .wording import shown
 
 __all__ = ["Checkpoint", "Extent", "Index", "StoredFile", "open_regular", "read_extent", "read_small"]
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .elements import element_type, unpacked
+from .numpy_types import element_type, unpacked
 from .report import Detail, Verdict
-from .tensors import ALGORITHMS, Buffer, Hasher, TensorInfo
+from .tensors import Buffer, Digester, TensorInfo
 
 __all__ = ["compare", "is_wider", "narrowed_digest", "same_bits"]
 
@@ -43,15 +43,15 @@ def narrowed_digest(chunks: Iterable[Buffer], wide: str, narrow: str, algorithm:
         narrow: The dtype to cast to.
         algorithm: Of the digest.
     """
-    hasher: Hasher = ALGORITHMS[algorithm]()
+    digester = Digester(algorithm)
     with np.errstate(all="ignore"):
         for chunk in chunks:
             values = np.frombuffer(chunk, element_type(wide))
             cast = values.astype(element_type(narrow))
             if cast.astype(element_type(wide)).tobytes() != bytes(chunk):
                 return None
-            hasher.update(cast.tobytes())
-    return f"{algorithm}:{hasher.hexdigest()}"
+            digester.update(cast.tobytes())
+    return str(digester)
 
 
 def same_bits(one: Iterable[Buffer], other: Iterable[Buffer]) -> bool:

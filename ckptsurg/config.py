@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoints import read_small
-from .errors import CheckpointError, Problem, SpecError, shown
+from .errors import CheckpointError, Problem, SpecError
+from .parsing import parse_json
 from .spec import Spec
-from .texts import parse_json
+from .wording import shown
 
 __all__ = ["CONFIG_NAME", "edited_config"]
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable
 
 from .checkpoints import Extent, read_extent
-from .tensors import CHUNK_BYTES, Buffer, Hasher
+from .tensors import CHUNK_BYTES, Buffer, Digester
 
 __all__ = ["Writer", "write_all"]
 
@@ -27,15 +27,15 @@ class Writer:
         self._descriptor, self._label, self._advance = descriptor, label, advance
         self._buffer = bytearray(CHUNK_BYTES)
 
-    def copy_range(self, extent: Extent, hasher: Hasher) -> None:
+    def copy_range(self, extent: Extent, digester: Digester) -> None:
         """Copy a range of a file."""
-        self.write_new(read_extent(extent, self._label, self._buffer), hasher)
+        self.write_new(read_extent(extent, self._label, self._buffer), digester)
 
-    def write_new(self, chunks: Iterable[Buffer], hasher: Hasher | None = None) -> None:
+    def write_new(self, chunks: Iterable[Buffer], digester: Digester | None = None) -> None:
         """Write new bytes."""
         for chunk in chunks:
-            if hasher is not None:
-                hasher.update(chunk)
+            if digester is not None:
+                digester.update(chunk)
             write_all(self._descriptor, chunk)
             self._advance(len(chunk))
 

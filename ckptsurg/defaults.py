@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from math import prod, sqrt
 
-from .signatures import Initializer
+from .initializer_arguments import Initializer
 from .tensors import TensorInfo
 
 __all__ = ["Ambiguous", "resolve_default"]

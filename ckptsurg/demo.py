@@ -16,7 +16,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from . import api
-from .errors import CkptsurgError, UsageError, counted, shown
+from .errors import CkptsurgError, UsageError
+from .wording import counted, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -11,8 +11,9 @@ from typing import ClassVar, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from .errors import DocumentError, Problem, shown
-from .texts import Text, describe_place
+from .errors import DocumentError, Problem
+from .parsing import Text, describe_place
+from .wording import shown
 
 __all__ = ["Document", "Model", "canonical_json", "fail", "suggest"]
 
@@ -20,7 +21,13 @@ __all__ = ["Document", "Model", "canonical_json", "fail", "suggest"]
 class Model(BaseModel):
     """A part of a document: nothing is converted, unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        json_schema_serialization_defaults_required=True,
+    )
 
 
 class Document(Model):
@@ -41,15 +48,25 @@ class Document(Model):
             found = "nothing" if text.data is None else f"a {_kind(text.data)}"
             raise cls.error(text.label, [Problem("", f"expected keys and values at the top, found {found}", 1)])
         if "version" not in text.data:
-            raise cls.error(text.label, [Problem("version", "missing; write `version: 1`", 1)])
+            raise cls.error(text.label, [Problem("version", "missing; write `version: 1`", 1, ("version",))])
         if type(found := text.data["version"]) is not int:
             message = f"expected the number 1, found the {_kind(found)} {_quoted(found)}"
-            raise cls.error(text.label, [Problem("version", message, text.line(("version",)))])
+            raise cls.error(text.label, [Problem("version", message, text.line(("version",)), ("version",))])
         try:
             # As JSON, where a list may stand for a tuple, although nothing else is converted.
             return cls.model_validate_json(json.dumps(text.data))
+        except RecursionError:
+            raise cls.error(text.label, [Problem("", "nested too deeply")]) from None
+        except TypeError as error:
+            raise cls.error(text.label, [Problem("", f"holds what no document can: {shown(error)}")]) from None
         except ValidationError as error:
             raise cls.error(text.label, list(_problems(cls, error, text))) from None
+
+    def __eq__(self, other: object) -> bool:
+        # Where a document was read from is no part of it.
+        return type(self) is type(other) and self.__dict__ == other.__dict__
+
+    __hash__ = None  # type: ignore[assignment]
 
     def to_json(self, *, indent: int | None = 1) -> str:
         """The document as JSON of ASCII characters alone, so that no name plays tricks on a terminal."""
@@ -101,7 +118,7 @@ _EXPECTED = {
 def _problems(model: type[Model], error: ValidationError, text: Text) -> Iterator[Problem]:
     for detail in error.errors(include_url=False):
         place = text.nearest(tuple(part for part in detail["loc"]))
-        yield Problem(describe_place(place), _explain(model, detail), text.line(place))
+        yield Problem(describe_place(place), _explain(model, detail), text.line(place), place)
 
 
 def _explain(model: type[Model], detail: ErrorDetails) -> str:

@@ -15,11 +15,12 @@ The number is the exit code of the command line. ``hint`` says what to do next.
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
+
+from .wording import shown
 
 __all__ = [
     "CheckpointError",
@@ -32,9 +33,6 @@ __all__ = [
     "SpecError",
     "SystemFailure",
     "UsageError",
-    "counted",
-    "enumerate_names",
-    "shown",
     "system_failures",
 ]
 
@@ -66,11 +64,13 @@ class Problem:
         path: Where in the document, such as ``reinit[0].init``; empty for the document itself.
         message: What is wrong, and what would be right.
         line: Line number in the file, from 1, where it is known.
+        place: The path as keys and positions.
     """
 
     path: str
     message: str
     line: int | None = None
+    place: tuple[str | int, ...] = ()
 
     def describe(self, label: str) -> str:
         place = label if self.line is None else f"{label}:{self.line}"
@@ -134,34 +134,3 @@ def system_failures(label: str, consequence: str = "") -> Iterator[None]:
         name = f" ({shown(failure.filename)})" if failure.filename else ""
         reason = f"{label}: {failure.strerror or failure}{name}"
         raise SystemFailure(f"{reason}; {consequence}" if consequence else reason) from failure
-
-
-_INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-
-
-def shown(text: object, limit: int = 200) -> str:
-    """Foreign text made safe to print: control and bidirectional characters escaped, a long middle left out."""
-    raw = str(text)
-    if len(raw) > limit:
-        raw = f"{raw[: limit // 2 - 1]}…{raw[-(limit // 2) :]}"
-    if raw.isascii() and raw.isprintable():
-        return raw
-    return "".join(
-        character.encode("unicode_escape").decode("ascii")
-        if unicodedata.category(character) in _INVISIBLE
-        else character
-        for character in raw
-    )
-
-
-def enumerate_names(names: Iterable[str], limit: int = 5) -> str:
-    """``a, b, c and 4 more``, each name made safe to print."""
-    listed = list(names)
-    text = ", ".join(shown(name) for name in listed[:limit])
-    rest = len(listed) - limit
-    return f"{text} and {rest} more" if rest > 0 else text
-
-
-def counted(count: int, thing: str = "tensor") -> str:
-    """``1 tensor``, ``2,048 tensors``."""
-    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .checkpoints import Extent, StoredFile, open_regular
-from .errors import CheckpointError, shown, system_failures
+from .errors import CheckpointError, system_failures
+from .parsing import parse_json
 from .tensors import DTYPE_BITS, TensorInfo
-from .texts import parse_json
+from .wording import shown
 
 __all__ = ["MAX_HEADER_BYTES", "OpenedFile", "encode_header", "open_file"]
 

@@ -22,16 +22,20 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from .documents import canonical_json
-from .elements import element_type
-from .errors import CheckpointError, shown
-from .signatures import Initializer
-from .streams import FloatArray, cumulative, quantile, uniform, words
+from .initializer_arguments import Initializer
+from .numpy_types import element_type
+from .random_bits import FloatArray, cumulative, quantile, uniform, words
 from .tensors import Buffer, TensorInfo
+from .wording import shown
 
-__all__ = ["Drawing", "moments"]
+__all__ = ["Drawing", "Undrawable", "moments"]
 
 #: Elements drawn at a time.
 BLOCK = 1 << 16
+
+
+class Undrawable(ValueError):
+    """A value that is to be drawn does not fit its dtype, or has nothing to be drawn like."""
 
 
 class Drawing:
@@ -44,7 +48,7 @@ class Drawing:
         init: The initializer; not ``default`` or ``like``, which stand for others.
 
     Raises:
-        CheckpointError: on reading, if a value does not fit the dtype.
+        Undrawable: on reading, if a value does not fit the dtype.
     """
 
     def __init__(self, seed: int, name: str, info: TensorInfo, init: Initializer) -> None:
@@ -86,7 +90,7 @@ class Drawing:
                 values = values.astype(np.float32)
             typed = values.astype(element_type(self._info.dtype))
         if not np.isfinite(typed.astype(np.complex128 if self._info.dtype == "C64" else np.float64)).all():
-            raise CheckpointError(f'"{shown(self._name)}": a drawn value is out of the range of {self._info.dtype}')
+            raise Undrawable(f'"{shown(self._name)}": a drawn value is out of the range of {self._info.dtype}')
         return typed.tobytes()
 
     # --- Elements ------------------------------------------------------------------------------------
@@ -265,16 +269,16 @@ def moments(read: Callable[[], Iterable[Buffer]], info: TensorInfo, name: str) -
         name: For messages.
 
     Raises:
-        CheckpointError: if the tensor has no values, or one that is not finite.
+        Undrawable: if the tensor has no values, or one that is not finite.
     """
     if not info.elements:
-        raise CheckpointError(f'like: "{shown(name)}" has no values to be like')
+        raise Undrawable(f'like: "{shown(name)}" has no values to be like')
     mean = _sum(read, info, lambda values: values) / info.elements
     if not isfinite(mean):
-        raise CheckpointError(f'like: "{shown(name)}" has values that are not finite')
+        raise Undrawable(f'like: "{shown(name)}" has values that are not finite')
     variance = _sum(read, info, lambda values: (values - mean) * (values - mean)) / info.elements
     if not isfinite(variance):
-        raise CheckpointError(f'like: the variance of "{shown(name)}" is out of range')
+        raise Undrawable(f'like: the variance of "{shown(name)}" is out of range')
     return mean, sqrt(variance)
 
 

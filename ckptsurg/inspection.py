@@ -11,10 +11,10 @@ from .checkpoints import Checkpoint
 from .documents import Document, Model
 from .errors import SpecError
 from .matching import Names
+from .parsing import Text
 from .selectors import Space, select
 from .spec import Spec
 from .tensors import TensorInfo
-from .texts import Text
 
 __all__ = ["Inspection", "inspect_checkpoint"]
 

@@ -8,15 +8,29 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeAlias
 
-from pydantic import Field, StringConstraints
+from pydantic import ConfigDict, Field, PrivateAttr, StringConstraints, with_config
+from typing_extensions import TypedDict
 
 from .documents import Document, Model, canonical_json
-from .errors import ManifestError, Problem, enumerate_names, shown
-from .tensors import DTYPE_BITS, TensorInfo, digest_of
-from .texts import Text, parse_json, read_bytes
+from .errors import ManifestError, Problem, system_failures
+from .parsing import Text, parse_json, read_bytes
+from .tensors import DTYPE_BITS, TensorInfo, algorithm_of, digest_of
+from .wording import enumerate_names, shown
 
-__all__ = ["BaseFile", "Manifest", "TensorRecord", "load_manifest", "manifest_path"]
+__all__ = [
+    "MANIFEST_NAME",
+    "BaseFile",
+    "Manifest",
+    "Origin",
+    "SpecIdentity",
+    "TensorRecord",
+    "is_file_output",
+    "load_manifest",
+    "manifest_path",
+]
 
+#: Of an output folder.
+MANIFEST_NAME = "freeze.json"
 MAX_MANIFEST_BYTES = 1 << 30
 
 DigestText: TypeAlias = Annotated[str, StringConstraints(pattern=r"^(blake3|sha256):[0-9a-f]{64}$")]
@@ -65,6 +79,17 @@ class BaseFile(Model):
     header_digest: DigestText
 
 
+@with_config(ConfigDict(extra="forbid", strict=True))
+class Counts(TypedDict):
+    """How many tensors the output has of each kind, and how many of the base it has not."""
+
+    frozen: int
+    trainable: int
+    reinitialised: int
+    added: int
+    dropped: int
+
+
 class Manifest(Document):
     """What an output is, and what of it must hold after training.
 
@@ -88,10 +113,18 @@ class Manifest(Document):
     base: tuple[BaseFile, ...]
     root: DigestText
     frozen_root: DigestText
-    counts: dict[str, int]
+    counts: Counts
     tensors: dict[str, TensorRecord]
     tied: tuple[tuple[str, ...], ...] = ()
     dropped: tuple[str, ...] = ()
+
+    _label: str = PrivateAttr(default="the manifest")
+
+    @classmethod
+    def from_text(cls, text: Text) -> Self:
+        manifest = super().from_text(text)
+        manifest._label = text.label
+        return manifest
 
     @classmethod
     def of(
@@ -127,16 +160,16 @@ class Manifest(Document):
     @property
     def algorithm(self) -> str:
         """The digest algorithm of the roots."""
-        return self.root.partition(":")[0]
+        return algorithm_of(self.root)
 
     def to_bytes(self) -> bytes:
         """The document as it is published."""
         return self.to_json().encode() + b"\n"
 
-    def require_frozen(self, label: str = "manifest") -> None:
+    def require_frozen(self) -> None:
         """Raise ManifestError if nothing is frozen."""
         if not any(record.frozen for record in self.tensors.values()):
-            raise ManifestError(label, [Problem("tensors", "nothing is frozen: there is nothing to prove")])
+            raise ManifestError(self._label, [Problem("tensors", "nothing is frozen: there is nothing to prove")])
 
 
 def root_of(tensors: Mapping[str, TensorRecord], algorithm: str) -> str:
@@ -148,7 +181,7 @@ def root_of(tensors: Mapping[str, TensorRecord], algorithm: str) -> str:
     return digest_of([b"".join(lines)], algorithm)
 
 
-def _counts(tensors: Mapping[str, TensorRecord], dropped: tuple[str, ...]) -> dict[str, int]:
+def _counts(tensors: Mapping[str, TensorRecord], dropped: tuple[str, ...]) -> Counts:
     records = tensors.values()
     return {
         "frozen": sum(record.frozen for record in records),
@@ -167,24 +200,30 @@ def _tied(tensors: Mapping[str, TensorRecord]) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(names) for names in groups.values() if len(names) > 1)
 
 
+def is_file_output(output: Path) -> bool:
+    """Whether an output of this name is one file; else it is a folder."""
+    return output.name.endswith(".safetensors")
+
+
 def manifest_path(output: Path) -> Path:
     """Where the manifest of an output stands: ``x.freeze.json`` beside a file, ``freeze.json`` in a folder."""
-    return output.with_suffix(".freeze.json") if output.name.endswith(".safetensors") else output / "freeze.json"
+    return output.with_suffix(".freeze.json") if is_file_output(output) else output / MANIFEST_NAME
 
 
 def load_manifest(path: str | Path) -> Manifest:
     """Read a manifest and check that it agrees with itself.
 
     Args:
-        path: The document; or an output folder that holds one.
+        path: The document; or the output, file or folder, that it stands by.
 
     Raises:
         ManifestError: if it is not valid, or its roots or counts do not match its tensors.
         UsageError: if there is no such file.
     """
     path = Path(path)
-    if path.is_dir():
-        path = path / "freeze.json"
+    with system_failures(shown(path)):
+        if path.is_dir() or is_file_output(path):
+            path = manifest_path(path)
     raw, label = read_bytes(path, MAX_MANIFEST_BYTES, ManifestError), shown(path)
     try:
         text = Text(label, parse_json(raw.decode("utf-8"), floats=False))

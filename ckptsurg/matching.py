@@ -16,7 +16,6 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import shown
 from .patterns import (
     CHILD_NUMBER,
     SEPARATOR,
@@ -31,6 +30,7 @@ from .patterns import (
     pick,
     split_name,
 )
+from .wording import shown
 
 __all__ = ["BoolArray", "IntArray", "Names"]
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import product
 from typing import TypeAlias
 
-from .errors import shown
+from .wording import shown
 
 __all__ = [
     "CHILD_NUMBER",

@@ -9,14 +9,15 @@ from functools import cached_property
 import numpy as np
 
 from .defaults import Ambiguous, resolve_default
-from .errors import Problem, SpecError, enumerate_names, shown
+from .errors import Problem, SpecError
+from .initializer_arguments import Initializer, refusal
 from .matching import BoolArray, IntArray, Names
-from .plans import Plan, PlannedTensor
+from .parsing import Place
+from .plans import Counts, Plan, PlannedTensor
 from .selectors import Selection, Space, module_and_leaf, select
-from .signatures import Initializer, refusal
 from .spec import AddRule, Item, ReinitRule, Spec
 from .tensors import TensorInfo, TensorSource
-from .texts import Place
+from .wording import counted, enumerate_names, shown
 
 __all__ = ["plan"]
 
@@ -28,38 +29,44 @@ def plan(spec: Spec, source: TensorSource) -> Plan:
         SpecError: with everything in the spec that does not fit the source.
     """
     base = source.tensors
-    report = _Findings(spec)
+    findings = _Findings(spec)
     everything = Space(Names(list(base)), base)
-    drop = report.select(("drop",), spec.drop, everything)
-    gone = drop.mask.tolist()
-    left = {name: info for (name, info), is_gone in zip(base.items(), gone, strict=True) if not is_gone}
-    dropped = Names([name for name, is_gone in zip(base, gone, strict=True) if is_gone])
-    space = Space(Names(list(left)) if len(left) < len(base) else everything.names, left, dropped)
-
-    fates = _Fates(report, space)
-    draws = _Draws(report, left, fates.owners)
-    planned = {name: _copied(name, info, fates) for name, info in left.items() if name not in fates.owners}
-    planned |= {name: _drawn(name, left, spec, rule, draws) for name, rule in fates.owners.items()}
-    output = [planned[name] for name in left] + _added(report, left, draws)
-    if not output and not report.problems:
-        report.add(("drop",), "drops every tensor: nothing would be left")
-    if report.problems:
-        raise SpecError(spec.label, report.problems)
-
-    rule_of = dict(zip(base, report.rules("drop", drop), strict=True))
-    following = iter(output)
-    tensors = [
-        PlannedTensor(name=name, action="drop", frozen=False, dtype=info.dtype, shape=info.shape, rule=rule_of[name])
+    drop = findings.select(("drop",), spec.drop, everything)
+    dropped = {
+        name: rule
+        for name, rule, is_gone in zip(base, findings.rules("drop", drop), drop.mask.tolist(), strict=True)
         if is_gone
-        else next(following)
-        for (name, info), is_gone in zip(base.items(), gone, strict=True)
-    ]
-    tensors += following
-    counts = Counter(dict.fromkeys(("copy", "drop", "reinit", "add", "frozen", "trainable"), 0))
-    counts.update(tensor.action for tensor in tensors)
-    counts.update("frozen" if tensor.frozen else "trainable" for tensor in output)
-    notes = (*report.notes, *_odd_outcomes(output))
-    return Plan(version=1, counts=dict(counts), tensors=tuple(tensors), notes=notes, seed=spec.seed)
+    }
+    left = {name: info for name, info in base.items() if name not in dropped}
+    space = Space(Names(list(left)), left, Names(list(dropped))) if dropped else everything
+
+    fates = _Fates(findings, space)
+    draws = _Draws(findings, left, fates.owners)
+    planned = {name: _copied(name, info, fates) for name, info in left.items() if name not in fates.owners}
+    planned |= {name: _drawn(name, spec, rule, draws) for name, rule in fates.owners.items()}
+    planned |= {name: _dropped(name, base[name], rule) for name, rule in dropped.items()}
+    added = _added(findings, left, draws)
+    output = [planned[name] for name in left] + added
+    if not output and not findings.problems:
+        findings.add(("drop",), "drops every tensor: nothing would be left")
+    if findings.problems:
+        raise SpecError(spec.label, findings.problems)
+    tensors = [planned[name] for name in base] + added
+    notes = (*findings.notes, *_odd_outcomes(output))
+    return Plan(version=1, counts=_counts(tensors), tensors=tuple(tensors), notes=notes, seed=spec.seed)
+
+
+def _counts(tensors: Sequence[PlannedTensor]) -> Counts:
+    actions = Counter(tensor.action for tensor in tensors)
+    frozen = sum(tensor.frozen for tensor in tensors)
+    return {
+        "copy": actions["copy"],
+        "drop": actions["drop"],
+        "reinit": actions["reinit"],
+        "add": actions["add"],
+        "frozen": frozen,
+        "trainable": len(tensors) - actions["drop"] - frozen,
+    }
 
 
 class _Findings:
@@ -101,11 +108,11 @@ class _Fates:
         owners: The reinit rule of each tensor that is drawn.
     """
 
-    def __init__(self, report: _Findings, space: Space) -> None:
-        spec = report.spec
-        self._report, self._space = report, space
-        self._freeze = report.select(("freeze",), spec.freeze, space)
-        self._train = report.select(("train",), spec.train, space)
+    def __init__(self, findings: _Findings, space: Space) -> None:
+        spec = findings.spec
+        self._findings, self._space = findings, space
+        self._freeze = findings.select(("freeze",), spec.freeze, space)
+        self._train = findings.select(("train",), spec.train, space)
         owner = self._reinit_owner()
         self._check(owner)
         names = space.names.names
@@ -116,15 +123,15 @@ class _Fates:
     @cached_property
     def copied(self) -> dict[str, tuple[bool, str | None]]:
         """For each tensor, were it copied: whether it is frozen, and by which rule."""
-        key = "freeze" if self._report.spec.freeze is not None else "train"
-        rules = self._report.rules(key, self._freeze if key == "freeze" else self._train)
+        key = "freeze" if self._findings.spec.freeze is not None else "train"
+        rules = self._findings.rules(key, self._freeze if key == "freeze" else self._train)
         return dict(zip(self._space.names.names, zip(self._frozen.tolist(), rules, strict=True), strict=True))
 
     def _reinit_owner(self) -> IntArray:
         """Which reinit rule has each name, shape [names]; -1 where none has."""
         owner = np.full(len(self._space.names), -1, np.int64)
-        for position, rule in enumerate(self._report.spec.reinit):
-            mask = self._report.select(("reinit", position), [rule], self._space).mask
+        for position, rule in enumerate(self._findings.spec.reinit):
+            mask = self._findings.select(("reinit", position), [rule], self._space).mask
             for earlier in sorted(set(owner[mask].tolist()) - {-1}):
                 remedy = "a tensor is drawn by one rule; make a pattern narrower"
                 self._claimed_twice(mask & (owner == earlier), ("reinit", earlier), ("reinit", position), remedy)
@@ -133,7 +140,7 @@ class _Fates:
 
     def _check(self, owner: IntArray) -> None:
         """Report what freeze, train and reinit claim against one another."""
-        spec, freeze, train = self._report.spec, self._freeze, self._train
+        spec, freeze, train = self._findings.spec, self._freeze, self._train
         for position, rule in enumerate(spec.reinit):
             mine, place = owner == position, ("reinit", position)
             if not rule.frozen and (both := mine & freeze.mask).any():
@@ -152,10 +159,10 @@ class _Fates:
         if (neither := ~(freeze.mask | train.mask | drawn)).any():
             names = [self._space.names.names[index] for index in np.flatnonzero(neither).tolist()]
             message = f"in neither freeze nor train: {enumerate_names(names, 3)}; with both keys every tensor is in one"
-            self._report.add(("train",), message)
+            self._findings.add(("train",), message)
 
     def _claimed_twice(self, both: BoolArray, one: Place, other: Place, remedy: str) -> None:
-        self._report.claimed_twice(both, self._space, one, other, remedy)
+        self._findings.claimed_twice(both, self._space, one, other, remedy)
 
     @staticmethod
     def _decider(key: str, selection: Selection, both: BoolArray) -> tuple[str, int]:
@@ -165,9 +172,9 @@ class _Fates:
 class _Draws:
     """Shapes and initializers of the tensors that are drawn."""
 
-    def __init__(self, report: _Findings, left: Mapping[str, TensorInfo], owners: Mapping[str, int]) -> None:
-        self._report = report
-        spec = report.spec
+    def __init__(self, findings: _Findings, left: Mapping[str, TensorInfo], owners: Mapping[str, int]) -> None:
+        self._findings = findings
+        spec = findings.spec
         self.shapes = {
             name: TensorInfo(left[name].dtype, self._new_shape(name, left[name], spec.reinit[rule], rule))
             for name, rule in owners.items()
@@ -187,17 +194,19 @@ class _Draws:
             return old.shape
         if isinstance(rule.shape, tuple):
             if rule.keep and len(rule.shape) != rank:
-                self._report.add(place, f"keep: {shown(name)} is {old}; the new shape has {len(rule.shape)} dimensions")
+                self._findings.add(
+                    place, f"keep: {shown(name)} is {old}; the new shape has {len(rule.shape)} dimensions"
+                )
             return rule.shape
         shape = dict(enumerate(old.shape))
         given: set[int] = set()
         for dimension, size in rule.shape.items():
             here = (*place, str(dimension))
             if not -rank <= dimension < rank:
-                self._report.add(here, f"{shown(name)} is {old}: it has no dimension {dimension}")
+                self._findings.add(here, f"{shown(name)} is {old}: it has no dimension {dimension}")
                 continue
             if dimension % rank in given:
-                self._report.add(here, f"{shown(name)} is {old}: dimension {dimension % rank} is given twice")
+                self._findings.add(here, f"{shown(name)} is {old}: dimension {dimension % rank} is given twice")
             given.add(dimension % rank)
             shape[dimension % rank] = size
         return tuple(shape.values())
@@ -209,12 +218,12 @@ class _Draws:
             try:
                 init = resolve_default(leaf, info, self._modules[module], init.arguments.get("module"))
             except Ambiguous as error:
-                self._report.add(place, f"{shown(name)} {info}: {error}")
+                self._findings.add(place, f"{shown(name)} {info}: {error}")
                 return init
             if leaf == "num_batches_tracked" and init.name == "zeros":  # an integer, but a counter that begins at zero
                 return init
         if reason := refusal(init, info):
-            self._report.add(place, f"{shown(name)}: {reason}")
+            self._findings.add(place, f"{shown(name)}: {reason}")
         return init
 
 
@@ -223,7 +232,11 @@ def _copied(name: str, info: TensorInfo, fates: _Fates) -> PlannedTensor:
     return PlannedTensor(name=name, action="copy", frozen=frozen, dtype=info.dtype, shape=info.shape, rule=rule)
 
 
-def _drawn(name: str, left: Mapping[str, TensorInfo], spec: Spec, position: int, draws: _Draws) -> PlannedTensor:
+def _dropped(name: str, info: TensorInfo, rule: str | None) -> PlannedTensor:
+    return PlannedTensor(name=name, action="drop", frozen=False, dtype=info.dtype, shape=info.shape, rule=rule)
+
+
+def _drawn(name: str, spec: Spec, position: int, draws: _Draws) -> PlannedTensor:
     rule, info = spec.reinit[position], draws.shapes[name]
     init = draws.resolved(name, info, rule.init, ("reinit", position, "init"))
     return PlannedTensor(
@@ -238,19 +251,19 @@ def _drawn(name: str, left: Mapping[str, TensorInfo], spec: Spec, position: int,
     )
 
 
-def _added(report: _Findings, left: Mapping[str, TensorInfo], draws: _Draws) -> list[PlannedTensor]:
+def _added(findings: _Findings, left: Mapping[str, TensorInfo], draws: _Draws) -> list[PlannedTensor]:
     added: dict[str, PlannedTensor] = {}
-    for position, rule in enumerate(report.spec.add):
+    for position, rule in enumerate(findings.spec.add):
         place = ("add", position)
         info = TensorInfo(rule.dtype, rule.shape)
         if rule.name in left or rule.name in added:
             owner = "the base has" if rule.name in left else "the spec adds already"
             remedy = "; draw it anew under reinit, or drop it" if rule.name in left else ""
-            report.add((*place, "name"), f'"{shown(rule.name)}" is a tensor that {owner}{remedy}')
+            findings.add((*place, "name"), f'"{shown(rule.name)}" is a tensor that {owner}{remedy}')
         if rule.name == "__metadata__":
-            report.add((*place, "name"), "__metadata__ is no name for a tensor: the format uses it")
+            findings.add((*place, "name"), "__metadata__ is no name for a tensor: the format uses it")
         if rule.init.name == "like":
-            report.add((*place, "init"), "like: an added tensor has no old values; write normal with mean and std")
+            findings.add((*place, "init"), "like: an added tensor has no old values; write normal with mean and std")
         init = draws.resolved(rule.name, info, rule.init, (*place, "init"))
         added[rule.name] = PlannedTensor(
             name=rule.name,
@@ -258,7 +271,7 @@ def _added(report: _Findings, left: Mapping[str, TensorInfo], draws: _Draws) -> 
             frozen=rule.frozen,
             dtype=rule.dtype,
             shape=rule.shape,
-            rule=report.spec.written(place),
+            rule=findings.spec.written(place),
             init=init,
         )
     return list(added.values())
@@ -279,5 +292,5 @@ def _odd_outcomes(output: Sequence[PlannedTensor]) -> list[str]:
         which = "statistics follow the data though their weights are frozen"
         if frozen[parted[0]]:
             which = "statistics are frozen though their weights train"
-        notes.append(f"{len(parted)} norm layers are half frozen: {which} ({enumerate_names(parted, 2)})")
+        notes.append(f"{counted(len(parted), 'norm layer')} half frozen: {which} ({enumerate_names(parted, 2)})")
     return notes

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict
 
 from .documents import Document, Model
-from .signatures import Init
+from .initializer_arguments import Init
 from .tensors import TensorInfo
 
 __all__ = ["Action", "Plan", "PlannedTensor"]
@@ -43,6 +44,18 @@ class PlannedTensor(Model):
         return TensorInfo(self.dtype, self.shape)
 
 
+@with_config(ConfigDict(extra="forbid", strict=True))
+class Counts(TypedDict):
+    """How many tensors have each action, and how many of the output are frozen and trainable."""
+
+    copy: int
+    drop: int
+    reinit: int
+    add: int
+    frozen: int
+    trainable: int
+
+
 class Plan(Document):
     """One action for every tensor.
 
@@ -54,7 +67,7 @@ class Plan(Document):
     """
 
     version: Literal[1] = Field(description="Version of this document's form.")
-    counts: dict[str, int]
+    counts: Counts
     tensors: tuple[PlannedTensor, ...]
     notes: tuple[str, ...] = ()
     seed: int = 0

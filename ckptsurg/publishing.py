@@ -10,23 +10,25 @@ import ctypes
 import errno
 import json
 import os
+import secrets
 import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .checkpoints import Checkpoint
 from .copying import write_all
-from .errors import SystemFailure, UsageError, shown, system_failures
-from .manifest import manifest_path
+from .errors import SystemFailure, UsageError, system_failures
+from .manifest import is_file_output, manifest_path
+from .wording import shown
 
-__all__ = ["Staging", "refuse_target", "staged"]
+__all__ = ["Staging", "publish_manifest", "refuse_target", "staged"]
 
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
+_OVERWRITE = "--overwrite (overwrite=True) replaces an earlier output"
 
 
 # --- Targets ----------------------------------------------------------------------------------------
@@ -44,9 +46,10 @@ def refuse_target(out: Path, manifest: Path | None, base: Checkpoint, *, overwri
     Raises:
         UsageError: if the output must not be written.
     """
-    is_file = out.name.endswith(".safetensors")
+    is_file = is_file_output(out)
     beside = [manifest] if manifest is not None else [manifest_path(out)] if is_file else []
-    _refuse_base(out, [out, *beside], base)
+    for target in (out, *beside):
+        _refuse_base(target, base)
     if manifest is not None and _real(manifest).is_relative_to(_real(out)):
         raise UsageError(
             f"{shown(manifest)}: lies inside the output, which has its own freeze.json; choose another place"
@@ -55,27 +58,38 @@ def refuse_target(out: Path, manifest: Path | None, base: Checkpoint, *, overwri
         raise UsageError(f"{shown(out)}: is a folder; the name of an output that ends in .safetensors is a file's")
     if not is_file and os.path.lexists(out):
         _refuse_folder(out, shown(out), overwrite=overwrite)
-    for path in [out, *beside] if is_file else beside:
-        if os.path.lexists(path) and not overwrite:
-            raise UsageError(f"{shown(path)}: exists already", hint="--overwrite replaces it")
+    if out.is_symlink():
+        raise UsageError(f"{shown(out)}: is a link; give the path that it leads to")
+    if is_file and os.path.lexists(out) and not overwrite:
+        raise UsageError(f"{shown(out)}: exists already", hint=_OVERWRITE)
+    for path in beside:
+        _refuse_file(path, overwrite=overwrite)
 
 
-def _refuse_base(out: Path, targets: Iterable[Path], base: Checkpoint) -> None:
-    held = {(file.status.st_dev, file.status.st_ino) for file in base.files}
-    for target in targets:
-        with suppress(OSError):
-            status = target.stat()
-            if (status.st_dev, status.st_ino) in held:
-                raise UsageError(f"{shown(target)}: is the base, or a link to it; an output never replaces its base")
-    if base.folder is not None and _real(out).is_relative_to(_real(base.folder)):
-        raise UsageError(f"{shown(out)}: lies inside the base {base.label}; choose a place outside it")
+def _refuse_base(target: Path, base: Checkpoint) -> None:
+    with suppress(OSError):
+        status = target.stat()
+        if any((status.st_dev, status.st_ino) == (file.status.st_dev, file.status.st_ino) for file in base.files):
+            raise UsageError(f"{shown(target)}: is the base, or a link to it; an output never replaces its base")
+    if base.folder is not None and _real(target).is_relative_to(_real(base.folder)):
+        raise UsageError(f"{shown(target)}: lies inside the base {base.label}; choose a place outside it")
     home = base.folder or base.path.parent
-    if any(_real(home / file.name).is_relative_to(_real(out)) for file in base.files):
-        raise UsageError(f"{shown(out)}: holds the base {base.label}; choose another place")
+    if any(_real(home / file.name).is_relative_to(_real(target)) for file in base.files):
+        raise UsageError(f"{shown(target)}: holds the base {base.label}; choose another place")
 
 
 def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
+
+
+def _refuse_file(path: Path, *, overwrite: bool) -> None:
+    """Refuse a place for a manifest that is taken by anything but a manifest."""
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
+        raise UsageError(f"{shown(path)}: exists already", hint=_OVERWRITE)
+    if not _is_manifest(path):
+        raise UsageError(f"{shown(path)}: is no manifest of ckptsurg and is not replaced; choose another place")
 
 
 def _refuse_folder(out: Path, label: str, *, overwrite: bool) -> None:
@@ -84,19 +98,18 @@ def _refuse_folder(out: Path, label: str, *, overwrite: bool) -> None:
     if not any(out.iterdir()):
         return
     if not overwrite:
-        raise UsageError(f"{label}: exists already and is not empty", hint="--overwrite replaces an earlier output")
-    if not _is_ours(out):
+        raise UsageError(f"{label}: exists already and is not empty", hint=_OVERWRITE)
+    if not _is_manifest(manifest_path(out)):
         raise UsageError(
             f"{label}: holds no freeze.json of ckptsurg, so it is not an earlier output and is not replaced",
             hint="remove the folder yourself if it may go",
         )
 
 
-def _is_ours(folder: Path) -> bool:
+def _is_manifest(path: Path) -> bool:
     try:
-        document = json.loads(manifest_path(folder).read_bytes())
-        return bool(document["tool"]["name"] == "ckptsurg")
-    except (OSError, ValueError, KeyError, TypeError):
+        return bool(json.loads(path.read_bytes())["tool"]["name"] == "ckptsurg")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -108,10 +121,12 @@ class Staging:
 
     Attributes:
         folder: The folder.
+        published: Whether anything of it has its final name.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.published = False
 
     @contextmanager
     def create(self, name: str) -> Iterator[int]:
@@ -146,6 +161,7 @@ class Staging:
             with suppress(OSError):
                 out.rmdir()  # an empty folder counts as absent; of any other the rename will tell
             _rename(self.folder, out, _RENAME_NOREPLACE)
+        self.published = True
         _sync_folder(out.parent)
 
     def publish_file(self, name: str, target: Path, *, overwrite: bool) -> None:
@@ -154,6 +170,7 @@ class Staging:
             (self.folder / name).replace(target)
         else:
             _rename(self.folder / name, target, _RENAME_NOREPLACE)
+        self.published = True
         _sync_folder(target.parent)
 
     @staticmethod
@@ -181,18 +198,28 @@ def staged(target: Path, size: int) -> Iterator[Staging]:
         space = os.statvfs(target.parent)
         if size > (available := space.f_bavail * space.f_frsize):
             raise SystemFailure(f"{label}: needs {size:,} bytes, but the file system has {available:,} left")
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.ckptsurg-", dir=target.parent))
-        try:
-            folder.chmod(0o777 & ~_umask())
-            yield Staging(folder)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        staging = Staging(target.parent / f".{target.name[:40]}.ckptsurg-{secrets.token_hex(6)}")
+        staging.folder.mkdir()
+    try:
+        yield staging
+    except OSError as failure:
+        done = "it was published, but may not be on disk yet" if staging.published else "nothing was published"
+        raise SystemFailure(f"{label}: {failure.strerror or failure}; {done}") from failure
+    finally:
+        shutil.rmtree(staging.folder, ignore_errors=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+def publish_manifest(content: bytes, path: Path, *, overwrite: bool) -> None:
+    """Publish a manifest by itself.
+
+    Raises:
+        UsageError: if the place is taken, and not to be overwritten or not by a manifest.
+        SystemFailure: if the system fails.
+    """
+    _refuse_file(path, overwrite=overwrite)
+    with staged(path, len(content)) as staging:
+        staging.write(path.name, content)
+        staging.publish_file(path.name, path, overwrite=overwrite)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -212,7 +239,7 @@ def _rename(source: Path, target: Path, flag: int) -> None:
         code = ctypes.get_errno()
         if code == errno.EEXIST:
             raise UsageError(f"{shown(target)}: appeared while the output was made; nothing was published")
-        if code not in (errno.ENOSYS, errno.EINVAL) or flag == _RENAME_EXCHANGE:
+        if code not in (errno.ENOSYS, errno.EINVAL):
             raise OSError(code, os.strerror(code), str(target))
     if flag == _RENAME_EXCHANGE:
         raise SystemFailure(f"{shown(target)}: this system cannot exchange two folders; remove the old output first")

@@ -7,7 +7,8 @@ from typing import Any, Literal, TypeAlias
 from pydantic import Field
 
 from .documents import Document, Model
-from .errors import FrozenWeightsChanged, counted, shown
+from .errors import FrozenWeightsChanged
+from .wording import counted, shown
 
 __all__ = ["Detail", "DiffReport", "Difference", "Report", "Verdict"]
 
@@ -105,16 +106,18 @@ class Report(Document):
 
     def summary(self, limit: int = 20) -> str:
         """What is wrong, a tensor a line."""
-        lines = [difference.describe() for difference in self.drifted]
-        lines += [f"{shown(name)}: is not in the manifest" for name in self.extra]
-        lines += [f"{shown(name)}: trainable, and missing" for name in self.missing_trainable]
         if self.drifted:
-            lines = lines[: len(self.drifted)]
-        more = [f"... and {len(lines) - limit:,} more"] if len(lines) > limit else []
-        count = sum(difference.verdict != "dtype_only" for difference in self.drifted) or len(self.drifted)
-        more += sorted({f"hint: {difference.hint}" for difference in self.drifted if difference.hint})
-        head = f"{counted(count, 'frozen tensor')} changed:" if self.drifted else "not exactly the manifest's tensors:"
-        return "\n  ".join([head, *lines[:limit], *more])
+            count = sum(difference.verdict != "dtype_only" for difference in self.drifted) or len(self.drifted)
+            head = f"{counted(count, 'frozen tensor')} changed:"
+            lines = [difference.describe() for difference in self.drifted]
+        else:
+            head = "not exactly the manifest's tensors:"
+            lines = [f"{shown(name)}: is not in the manifest" for name in self.extra]
+            lines += [f"{shown(name)}: trainable, and missing" for name in self.missing_trainable]
+        if len(lines) > limit:
+            lines[limit:] = [f"... and {len(lines) - limit:,} more"]
+        lines += sorted({f"hint: {difference.hint}" for difference in self.drifted if difference.hint})
+        return "\n  ".join([head, *lines])
 
 
 class DiffReport(Document):

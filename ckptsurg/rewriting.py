@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -13,24 +13,22 @@ from pathlib import Path
 from .checkpoints import Checkpoint, Extent
 from .config import CONFIG_NAME
 from .copying import Writer
-from .errors import enumerate_names
-from .initializers import Drawing, moments
+from .describing import base_files, record
+from .errors import Problem, SpecError
+from .initializer_arguments import Initializer
+from .initializers import Drawing, Undrawable, moments
 from .layout import Layout, OutputFile, lay_out
-from .manifest import BaseFile, Manifest, Origin, SpecIdentity, TensorRecord, manifest_path
-from .plans import Action, Plan, PlannedTensor
+from .manifest import MANIFEST_NAME, Manifest, SpecIdentity, TensorRecord, is_file_output, manifest_path
+from .metering import Meter, Progress
+from .plans import Plan, PlannedTensor
 from .publishing import Staging, refuse_target, staged
-from .signatures import Initializer
 from .spec import Spec
-from .tensors import ALGORITHMS, DTYPE_BITS, Hasher, TensorSource, digest_of
+from .tensors import DTYPE_BITS, Digester
+from .wording import enumerate_names
 
-__all__ = ["describe", "rewrite", "say_left_behind", "write_manifest"]
+__all__ = ["overlay", "rewrite"]
 
 _log = logging.getLogger("ckptsurg")
-
-_ORIGINS: dict[Action, Origin] = {"copy": "copied", "reinit": "reinitialised", "add": "added"}
-
-#: Called with the number of bytes done and of bytes in all.
-Progress = Callable[[int, int], None]
 
 
 def rewrite(
@@ -41,7 +39,7 @@ def rewrite(
     *,
     others: Mapping[str, Path],
     config: bytes | None = None,
-    manifest: Path | None = None,
+    manifest_at: Path | None = None,
     overwrite: bool = False,
     max_shard_size: int | None = None,
     algorithm: str = "blake3",
@@ -56,59 +54,59 @@ def rewrite(
         out: The output: a file whose name ends in ``.safetensors``, or else a folder.
         others: Files that come along to a folder, by name inside it.
         config: New content of config.json; None where it is not edited.
-        manifest: Where else the manifest goes; of a file output, instead of beside it.
+        manifest_at: Where else the manifest goes; of a file output, instead of beside it.
         overwrite: Whether an earlier output is replaced.
         max_shard_size: Largest size of a shard's tensors, in bytes; None keeps the base's shards.
         algorithm: Of the digests.
         progress: Told how many bytes are written.
 
     Raises:
+        SpecError: if a value that is to be drawn does not fit its dtype.
         UsageError: if the output exists or would touch the base.
         CheckpointError: if the base turns out to be damaged, or changes meanwhile.
-        SystemFailure: if the system fails; nothing is published then.
+        SystemFailure: if the system fails.
     """
-    is_file = out.name.endswith(".safetensors")
-    if manifest is not None and os.path.realpath(manifest) == os.path.realpath(manifest_path(out)):
-        manifest = None
-    refuse_target(out, manifest, base, overwrite=overwrite)
-    layout = lay_out(plan.output, base, single=out.name if is_file else None, max_shard_size=max_shard_size)
+    if manifest_at is not None and os.path.realpath(manifest_at) == os.path.realpath(manifest_path(out)):
+        manifest_at = None
+    refuse_target(out, manifest_at, base, overwrite=overwrite)
+    single = out.name if is_file_output(out) else None
+    layout = lay_out(plan.output, base, single=single, max_shard_size=max_shard_size)
     for warning in layout.warnings:
         _log.warning("%s", warning)
-    with staged(out, layout.size) as staging:
-        carrier = _Carrier(plan, base, algorithm, layout.size, progress)
+    size = layout.size + sum(path.stat().st_size for path in others.values())
+    with staged(out, size) as staging:
+        carrier = _Carrier(spec, plan, base, algorithm, Meter(layout.size, progress))
         for file in layout.files:
             with staging.create(file.name) as descriptor:
                 carrier.write(file, descriptor)
-        if not is_file:
+        if single is None:
             _write_others(staging, layout, base, others, config)
-        base.refuse_if_changed()
-        dropped = [tensor.name for tensor in plan.tensors if tensor.action == "drop"]
-        document = Manifest.of(
+        manifest = Manifest.of(
             carrier.records,
             spec=SpecIdentity(name=spec.name, digest=spec.digest(algorithm)),
-            base=_base_files(base, algorithm),
-            dropped=dropped,
+            base=base_files(base, algorithm),
+            dropped=[tensor.name for tensor in plan.tensors if tensor.action == "drop"],
             algorithm=algorithm,
         )
-        _publish(staging, document.to_bytes(), out, manifest, overwrite=overwrite)
-    return document
+        base.refuse_if_changed()
+        _publish(staging, manifest.to_bytes(), out, manifest_at, overwrite=overwrite)
+    return manifest
 
 
-def _publish(staging: Staging, content: bytes, out: Path, manifest: Path | None, *, overwrite: bool) -> None:
+def _publish(staging: Staging, content: bytes, out: Path, manifest_at: Path | None, *, overwrite: bool) -> None:
     """The output, then the manifest where that is a file of its own.
 
     An old manifest goes first, so that none ever stands beside weights that it does not describe.
     """
-    is_file = out.name.endswith(".safetensors")
-    if not is_file:
-        staging.write("freeze.json", content)
-    target = manifest_path(out) if manifest is None and is_file else manifest
+    if not is_file_output(out):
+        staging.write(MANIFEST_NAME, content)
+    target = manifest_at or (manifest_path(out) if is_file_output(out) else None)
     if target is None:
         staging.publish_folder(out, overwrite=overwrite)
         return
     with staged(target, len(content)) as beside:
         beside.write(target.name, content)
-        if is_file:
+        if is_file_output(out):
             if overwrite:
                 staging.withdraw(manifest_path(out))
                 staging.withdraw(target)
@@ -116,59 +114,6 @@ def _publish(staging: Staging, content: bytes, out: Path, manifest: Path | None,
         else:
             staging.publish_folder(out, overwrite=overwrite)
         beside.publish_file(target.name, target, overwrite=overwrite)
-
-
-def describe(
-    spec: Spec, plan: Plan, source: TensorSource, *, algorithm: str = "blake3", progress: Progress | None = None
-) -> Manifest:
-    """The manifest of a source that is trained as it is: every tensor is copied, none is written."""
-    total = sum(tensor.info.nbytes for tensor in plan.output)
-    done = 0
-
-    def counted(chunks: Iterable[bytes | bytearray | memoryview]) -> Iterator[bytes | bytearray | memoryview]:
-        nonlocal done
-        for chunk in chunks:
-            yield chunk
-            done += len(chunk)
-            if progress is not None:
-                progress(done, total)
-
-    records = {
-        tensor.name: _record(tensor, digest_of(counted(source.read(tensor.name)), algorithm)) for tensor in plan.output
-    }
-    if isinstance(source, Checkpoint):
-        source.refuse_if_changed()
-    return Manifest.of(
-        records,
-        spec=SpecIdentity(name=spec.name, digest=spec.digest(algorithm)),
-        base=_base_files(source, algorithm) if isinstance(source, Checkpoint) else (),
-        dropped=(),
-        algorithm=algorithm,
-    )
-
-
-def say_left_behind(names: Sequence[str]) -> None:
-    """Log which files of the base's folder do not come along."""
-    _log.warning("not brought along: %s (other weights: --keep-other-weights)", enumerate_names(names, 10))
-
-
-def write_manifest(document: Manifest, path: Path, *, overwrite: bool) -> None:
-    """Publish a manifest by itself."""
-    content = document.to_bytes()
-    with staged(path, len(content)) as staging:
-        staging.write(path.name, content)
-        staging.publish_file(path.name, path, overwrite=overwrite)
-
-
-def _record(tensor: PlannedTensor, digest: str) -> TensorRecord:
-    origin = _ORIGINS[tensor.action]
-    return TensorRecord(dtype=tensor.dtype, shape=tensor.shape, frozen=tensor.frozen, origin=origin, digest=digest)
-
-
-def _base_files(base: Checkpoint, algorithm: str) -> list[BaseFile]:
-    return [
-        BaseFile(file=file.name, size=file.size, header_digest=file.header_digest(algorithm)) for file in base.files
-    ]
 
 
 def _write_others(
@@ -199,35 +144,38 @@ def _index(layout: Layout, base: Checkpoint) -> bytes:
 class _Carrier:
     """Writes files of an output, and keeps a record of every tensor it wrote."""
 
-    def __init__(self, plan: Plan, base: Checkpoint, algorithm: str, total: int, progress: Progress | None) -> None:
+    def __init__(self, spec: Spec, plan: Plan, base: Checkpoint, algorithm: str, meter: Meter) -> None:
         self.records: dict[str, TensorRecord] = {}
-        self._plan, self._base, self._algorithm = plan, base, algorithm
-        self._total, self._done, self._progress = total, 0, progress
+        self._spec, self._seed, self._base = spec, plan.seed, base
+        self._algorithm, self._meter = algorithm, meter
 
     def write(self, file: OutputFile, descriptor: int) -> None:
-        writer = Writer(descriptor, self._base.label, self._advance)
+        writer = Writer(descriptor, self._base.label, self._meter.advance)
         writer.write_new([file.header])
         for tensor in file.tensors:
-            hasher: Hasher = ALGORITHMS[self._algorithm]()
+            digester = Digester(self._algorithm)
             if tensor.action == "copy":
-                writer.copy_range(self._base.extents[tensor.name], hasher)
+                writer.copy_range(self._base.extents[tensor.name], digester)
             else:
-                self._draw(tensor, writer, hasher)
-            self.records[tensor.name] = _record(tensor, f"{self._algorithm}:{hasher.hexdigest()}")
+                try:
+                    self._draw(tensor, writer, digester)
+                except Undrawable as error:
+                    raise SpecError(self._spec.label, [Problem(tensor.rule or "", str(error))]) from None
+            self.records[tensor.name] = record(tensor, str(digester))
 
-    def _draw(self, tensor: PlannedTensor, writer: Writer, hasher: Hasher) -> None:
+    def _draw(self, tensor: PlannedTensor, writer: Writer, digester: Digester) -> None:
         assert tensor.init is not None
-        drawing = Drawing(self._plan.seed, tensor.name, tensor.info, self._filled(tensor, tensor.init))
+        drawing = Drawing(self._seed, tensor.name, tensor.info, self._filled(tensor, tensor.init))
         if not tensor.keep:
-            writer.write_new(drawing.read(0, tensor.info.elements), hasher)
+            writer.write_new(drawing.read(0, tensor.info.elements), digester)
             return
         extent, old = self._base.extents[tensor.name], self._base.tensors[tensor.name]
         size = DTYPE_BITS[tensor.dtype] // 8
         for is_old, start, length in overlay(old.shape, tensor.shape):
             if is_old:
-                writer.copy_range(Extent(extent.file, extent.offset + start * size, length * size), hasher)
+                writer.copy_range(Extent(extent.file, extent.offset + start * size, length * size), digester)
             else:
-                writer.write_new(drawing.read(start, start + length), hasher)
+                writer.write_new(drawing.read(start, start + length), digester)
 
     def _filled(self, tensor: PlannedTensor, init: Initializer) -> Initializer:
         """``like`` with the old tensor's mean and standard deviation filled in."""
@@ -236,11 +184,6 @@ class _Carrier:
         name = tensor.name
         mean, std = moments(lambda: self._base.read(name), self._base.tensors[name], name)
         return Initializer(name="normal", arguments={"mean": mean, "std": std})
-
-    def _advance(self, count: int) -> None:
-        self._done += count
-        if self._progress is not None:
-            self._progress(self._done, self._total)
 
 
 def overlay(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[bool, int, int]]:

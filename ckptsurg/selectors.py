@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-from .errors import Problem, counted, enumerate_names, shown
+from .errors import Problem
 from .matching import BoolArray, IntArray, Names
+from .parsing import Place
 from .patterns import PatternError
 from .spec import Item, Spec, Where
 from .tensors import TensorInfo
-from .texts import Place, Text, describe_place
+from .wording import counted, enumerate_names, shown
 
-__all__ = ["Selection", "Space", "module_and_leaf", "select", "unmatched"]
+__all__ = ["Selection", "Space", "module_and_leaf", "select"]
 
 #: Output heads that share their tensor with the input embeddings in many models, and what the latter are called.
 _TIED_HEADS = re.compile(r"(?:^|[./])(?:lm_head|embed_out|output_projection|decoder|proj_out)(?:[./]|$)")
@@ -83,7 +83,9 @@ def select(spec: Spec, place: Place, items: Sequence[Item], space: Space) -> Sel
         pattern = item.match[1:] if negative else item.match
         if negative and position == 0:
             problems.append(
-                spec.problem((*here, "match"), f'begins with "{shown(item.match)}"; a list begins with what it selects')
+                spec.problem(
+                    (*here, "match"), f'"{shown(item.match)}" only takes away; what is selected comes before it'
+                )
             )
             continue
         try:
@@ -111,38 +113,6 @@ def select(spec: Spec, place: Place, items: Sequence[Item], space: Space) -> Sel
         decided[total] = position
         notes += _slips(spec.written(here), item, pattern, total, space)
     return Selection(mask, decided, problems, notes)
-
-
-def unmatched(text: Text, tensors: Mapping[str, TensorInfo]) -> list[Problem]:
-    """Patterns that match nothing, in a spec that is not valid for other reasons: all is reported at once."""
-    names = Names(list(tensors))
-    problems: list[Problem] = []
-    for place, written in _patterns_in(text.data):
-        pattern = written.removeprefix("!") if written not in tensors else written
-        try:
-            hits = names.match(pattern)
-        except PatternError as error:
-            problems.append(Problem(describe_place(place), f'"{shown(written)}": {error}', text.line(place)))
-            continue
-        if idle := [(alternative, 0) for alternative, hit in hits if not hit.any()]:
-            negative = pattern != written
-            message = _explain_nothing(Item(match=written), idle, len(hits), negative, Space(names, tensors))
-            problems.append(Problem(describe_place(place), message, text.line(place)))
-    return problems
-
-
-def _patterns_in(data: Any) -> Iterator[tuple[Place, str]]:
-    """The patterns that are not optional, wherever a spec has one."""
-    for key in ("drop", "freeze", "train", "reinit"):
-        written = data.get(key) if isinstance(data, dict) else None
-        listed: list[tuple[Place, Any]] = [((key,), written)]
-        if isinstance(written, list):
-            listed = [((key, position), item) for position, item in enumerate(written)]
-        for place, item in listed:
-            if isinstance(item, dict) and item.get("optional") is not True:
-                place, item = (*place, "match"), item.get("match")
-            if isinstance(item, str) and item:
-                yield place, item
 
 
 def _filtered(hit: BoolArray, where: Where | None, space: Space) -> BoolArray:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BeforeValidator, Field, PrivateAttr
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, WithJsonSchema
 
-from .documents import Document, Model, canonical_json, fail
-from .errors import Problem, SpecError, shown
-from .signatures import Init
-from .tensors import digest_of
-from .texts import Place, Text, describe_place, read_text
+from .documents import Document, Model, canonical_json, fail, suggest
+from .errors import Problem, SpecError
+from .initializer_arguments import Init
+from .parsing import Place, Text, describe_place, read_text
+from .tensors import DTYPE_BITS, digest_of
+from .wording import shown
 
 __all__ = [
     "AddRule",
@@ -24,10 +26,14 @@ __all__ = [
     "load_spec",
 ]
 
-Dtype: TypeAlias = Literal[
-    "BOOL", "F4", "F6_E2M3", "F6_E3M2", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ",
-    "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64", "F64", "I64", "U64",
-]  # fmt: skip
+
+def _known_dtype(value: str) -> str:
+    if value not in DTYPE_BITS:
+        raise fail(f'"{shown(value)}" is not known' + suggest(value, list(DTYPE_BITS)))
+    return value
+
+
+Dtype: TypeAlias = Annotated[str, AfterValidator(_known_dtype), WithJsonSchema({"enum": list(DTYPE_BITS)})]
 Size = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -177,6 +183,28 @@ class Spec(Document):
         return spec
 
     @classmethod
+    def repaired(cls, text: Text) -> Self | None:
+        """What is left of a spec that is not valid, without the parts that are not; None if that is not valid either.
+
+        It is good for one thing: to find what else is wrong with the spec, so that all is reported at once.
+        """
+        try:
+            return cls.from_text(text)
+        except SpecError as error:
+            places = [problem.place for problem in error.problems]
+        if not isinstance(text.data, dict) or () in places:
+            return None
+        data = copy.deepcopy(text.data) | {"version": 1}
+        for place in places:
+            _neutralise(data, place)
+        try:
+            spec = cls.from_text(Text(text.label, data))
+        except SpecError:
+            return None
+        spec._text = text
+        return spec
+
+    @classmethod
     def of_patterns(cls, freeze: str | Iterable[Any]) -> Self:
         """The spec that only freezes."""
         selector = freeze if isinstance(freeze, str) else list(freeze)
@@ -192,7 +220,7 @@ class Spec(Document):
 
     def problem(self, place: Place, message: str) -> Problem:
         """A problem at a place of the document as the user wrote it."""
-        return Problem(self.written(place), message, self._text.line(place))
+        return Problem(self.written(place), message, self._text.line(place), self._text.nearest(place))
 
     def written(self, place: Place) -> str:
         """The path of a place: ``freeze`` where the user wrote one pattern, ``freeze[1]`` in a list."""
@@ -206,6 +234,34 @@ class Spec(Document):
                 rules[self.written((key, position))] = item.match
         rules |= {self.written(("add", position)): rule.name for position, rule in enumerate(self.add)}
         return rules.get(written, "")
+
+
+#: Rules that do nothing, to stand in for rules that are not valid.
+_IDLE_ITEM = {"match": r"re:[^\x00-\x{10FFFF}]", "optional": True}
+_IDLE_RULES: dict[str, dict[str, Any]] = {
+    "reinit": {**_IDLE_ITEM, "init": "zeros"},
+    "add": {"name": "\x00", "shape": [], "dtype": "F32", "init": "zeros"},
+}
+
+
+def _neutralise(data: dict[str, Any], place: Place) -> None:
+    """Take out what is wrong at a place, and as little else as possible."""
+    key, *rest = place
+    if key not in data:
+        return
+    if not isinstance(data[key], list) or not rest or not isinstance(rest[0], int):
+        del data[key]
+        return
+    rules: list[Any] = data[key]
+    position, inside = rest[0], rest[1:]
+    rule = rules[position]
+    if isinstance(rule, dict) and inside and inside[0] in rule and inside[0] not in ("match", "name", "shape", "dtype"):
+        if inside[0] == "init":
+            rule["init"] = "zeros"
+        else:
+            del rule[inside[0]]
+    else:
+        rules[position] = _IDLE_RULES.get(str(key), _IDLE_ITEM)
 
 
 def load_spec(path: str | Path) -> Spec:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Protocol, TypeAlias
@@ -15,9 +15,10 @@ __all__ = [
     "CHUNK_BYTES",
     "DTYPE_BITS",
     "Buffer",
-    "Hasher",
+    "Digester",
     "TensorInfo",
     "TensorSource",
+    "algorithm_of",
     "digest_of",
 ]
 
@@ -103,25 +104,47 @@ class TensorSource(Protocol):
         """
 
 
-class Hasher(Protocol):
-    """What ``hashlib`` and ``blake3`` objects have in common."""
+class _Hash(Protocol):
+    """What the objects of ``hashlib`` and ``blake3`` have in common."""
 
     def update(self, data: Buffer, /) -> object: ...
 
     def hexdigest(self) -> str: ...
 
 
-def _blake3() -> Hasher:
+def _blake3() -> _Hash:
     return blake3(max_threads=blake3.AUTO)
 
 
 #: Digest algorithms by name; both have 32 bytes of output.
-ALGORITHMS = {"blake3": _blake3, "sha256": hashlib.sha256}
+ALGORITHMS: dict[str, Callable[[], _Hash]] = {"blake3": _blake3, "sha256": hashlib.sha256}
+
+
+class Digester:
+    """A digest in the making; as text it carries its algorithm: ``blake3:`` and hexadecimal digits.
+
+    Args:
+        algorithm: One of ``ALGORITHMS``.
+    """
+
+    def __init__(self, algorithm: str) -> None:
+        self._algorithm, self._hash = algorithm, ALGORITHMS[algorithm]()
+
+    def update(self, data: Buffer) -> None:
+        self._hash.update(data)
+
+    def __str__(self) -> str:
+        return f"{self._algorithm}:{self._hash.hexdigest()}"
 
 
 def digest_of(chunks: Iterable[Buffer], algorithm: str = "blake3") -> str:
-    """The digest of the concatenated chunks, as ``algorithm:hexadecimal``."""
-    hasher: Hasher = ALGORITHMS[algorithm]()
+    """The digest of the concatenated chunks."""
+    digester = Digester(algorithm)
     for chunk in chunks:
-        hasher.update(chunk)
-    return f"{algorithm}:{hasher.hexdigest()}"
+        digester.update(chunk)
+    return str(digester)
+
+
+def algorithm_of(digest: str) -> str:
+    """The algorithm that a digest carries."""
+    return digest.partition(":")[0]

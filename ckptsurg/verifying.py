@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import NoReturn
 
-from .aligning import Renaming, align, common_prefix, renamer
 from .comparing import compare, is_wider, narrowed_digest, same_bits
-from .errors import ManifestError, Problem, UsageError, shown
+from .errors import CheckpointError, UsageError
 from .manifest import Manifest, TensorRecord
+from .metering import Meter, Progress
+from .renaming import Renaming, align, common_prefix, renamed
 from .report import Difference, DiffReport, Report
-from .tensors import Buffer, TensorInfo, TensorSource, digest_of
+from .tensors import Buffer, TensorInfo, TensorSource, algorithm_of, digest_of
+from .wording import shown
 
 __all__ = ["check_root", "diff", "verify"]
-
-#: Called with the number of bytes done and of bytes in all.
-Progress = Callable[[int, int], None]
 
 
 def check_root(manifest: Manifest, digest: str) -> None:
     """Raise UsageError unless the manifest has this root or frozen root."""
     if digest not in (manifest.root, manifest.frozen_root):
         raise UsageError(
-            f"--root: expected {shown(digest)}, found root {manifest.root} and frozen_root {manifest.frozen_root}",
+            f"the pinned root is {shown(digest)}, "
+            f"the manifest has root {manifest.root} and frozen_root {manifest.frozen_root}",
             hint="this is not the manifest that was pinned",
         )
 
@@ -55,10 +56,10 @@ def verify(
     """
     manifest.require_frozen()
     given = trained.tensors
-    renamed = renamer(names, prefix, given)
-    partners = align(manifest.tensors, renamed)
+    partners = align(manifest.tensors, renamed(given, names, prefix))
     frozen = manifest.frozen
-    meter = _Meter(sum(record.info.nbytes for name, record in frozen.items() if name in partners), progress)
+    before = None if baseline is None else _Baseline(manifest, baseline)
+    meter = Meter(sum(record.info.nbytes for name, record in frozen.items() if name in partners), progress)
     drifted: list[Difference] = []
     for name, record in frozen.items():
         partner = partners.get(name)
@@ -66,13 +67,13 @@ def verify(
             drifted.append(Difference(name=name, verdict="missing"))
             continue
         difference = _check(name, record, trained, partner, meter)
-        if difference is not None and difference.verdict == "changed" and baseline is not None:
-            difference = _located(difference, record, baseline, trained, partner)
+        if difference is not None and difference.verdict == "changed" and before is not None:
+            difference = before.locate(difference, record, trained, partner)
         if difference is not None:
             drifted.append(difference)
     drifted = _without_absent_twins(manifest, drifted)
-    if drifted and all(difference.verdict == "missing" for difference in drifted) and len(drifted) == len(frozen):
-        drifted = _with_prefix_hint(drifted, frozen, given)
+    if not any(name in partners for name in frozen):
+        drifted = _with_prefix_hint(manifest, drifted, given)
     taken = set(partners.values())
     extra = tuple(name for name in given if name not in taken)
     lacking = tuple(name for name, record in manifest.tensors.items() if not record.frozen and name not in partners)
@@ -82,52 +83,52 @@ def verify(
     return Report(ok=ok, verified=verified, drifted=tuple(drifted), extra=extra, missing_trainable=lacking)
 
 
-class _Meter:
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self._total, self._progress, self._done = total, progress, 0
-
-    def __call__(self, chunks: Iterable[Buffer]) -> Iterator[Buffer]:
-        for chunk in chunks:
-            yield chunk
-            self._done += len(chunk)
-            if self._progress is not None:
-                self._progress(min(self._done, self._total), self._total)
-
-
-def _check(name: str, record: TensorRecord, trained: TensorSource, partner: str, meter: _Meter) -> Difference | None:
+def _check(name: str, record: TensorRecord, trained: TensorSource, partner: str, meter: Meter) -> Difference | None:
     """One frozen tensor against its record; None if it has its dtype, shape and bits."""
-    info, algorithm = trained.tensors[partner], record.digest.partition(":")[0]
+    info, algorithm = trained.tensors[partner], algorithm_of(record.digest)
     expected = {"expected": str(record.info), "found": str(info)}
     if info.shape != record.shape:
         return Difference(name=name, verdict="shape", detail=expected)
     if info.dtype != record.dtype:
         if is_wider(info.dtype, record.dtype):
-            digest = narrowed_digest(meter(trained.read(partner)), info.dtype, record.dtype, algorithm)
+            digest = narrowed_digest(meter.over(trained.read(partner)), info.dtype, record.dtype, algorithm)
             if digest == record.digest:
                 return Difference(name=name, verdict="dtype_only", detail=expected)
         return Difference(name=name, verdict="dtype", detail=expected)
-    if digest_of(meter(trained.read(partner)), algorithm) == record.digest:
+    if digest_of(meter.over(trained.read(partner)), algorithm) == record.digest:
         return None
     return Difference(name=name, verdict="changed")
 
 
-def _located(
-    difference: Difference, record: TensorRecord, baseline: TensorSource, trained: TensorSource, partner: str
-) -> Difference:
-    """A change with its place and size, by comparison with the baseline."""
-    name = difference.name
-    own = align([name], {given: given for given in baseline.tensors}).get(name)
-    algorithm = record.digest.partition(":")[0]
-    if own is None or baseline.tensors[own] != record.info or digest_of(baseline.read(own), algorithm) != record.digest:
+class _Baseline:
+    """The tensors that a manifest describes, with which changes are located.
+
+    Raises:
+        UsageError: if they are not those tensors.
+    """
+
+    def __init__(self, manifest: Manifest, source: TensorSource) -> None:
+        self._source = source
+        self._partners = align(manifest.tensors, {name: name for name in source.tensors})
+        for name, record in manifest.frozen.items():
+            if name not in self._partners or source.tensors[self._partners[name]] != record.info:
+                self._refuse(name, "is missing, or has another dtype or shape")
+
+    def _refuse(self, name: str, reason: str) -> NoReturn:
         raise UsageError(
-            f'{baseline.label}: is not the baseline of this manifest: "{shown(name)}" is missing or has other bits',
+            f'{self._source.label}: is not the baseline of this manifest: "{shown(name)}" {reason}',
             hint="the baseline is the output that the manifest was published with",
         )
-    found = compare(lambda: iter(baseline.read(own)), lambda: iter(trained.read(partner)), record.info)
-    if found is None:
-        return difference
-    verdict, detail = found
-    return Difference(name=name, verdict=verdict, detail=detail)
+
+    def locate(self, difference: Difference, record: TensorRecord, trained: TensorSource, partner: str) -> Difference:
+        """A change with its place and size."""
+        own = self._partners[difference.name]
+        if digest_of(self._source.read(own), algorithm_of(record.digest)) != record.digest:
+            self._refuse(difference.name, "has other bits")
+        found = compare(_reader(self._source, own), _reader(trained, partner), record.info)
+        if found is None:
+            return difference
+        return Difference(name=difference.name, verdict=found[0], detail=found[1])
 
 
 def _without_absent_twins(manifest: Manifest, drifted: list[Difference]) -> list[Difference]:
@@ -141,18 +142,27 @@ def _without_absent_twins(manifest: Manifest, drifted: list[Difference]) -> list
 
 
 def _with_prefix_hint(
-    drifted: list[Difference], frozen: Mapping[str, TensorRecord], given: Mapping[str, TensorInfo]
+    manifest: Manifest, drifted: list[Difference], given: Mapping[str, TensorInfo]
 ) -> list[Difference]:
-    prefix = common_prefix(frozen, given)
+    """Where all are missing but stand under one prefix, say so; of tied tensors one is enough."""
+    twins = {name: set(group) for group in manifest.tied for name in group}
+    missing = {difference.name for difference in drifted}
+    wanted = [{name, *twins.get(name, ())} & missing for name in missing]
+    prefix = common_prefix(wanted, given)
     if prefix is None:
         return drifted
-    hint = {"hint": f"all of them stand under another prefix; verify with --prefix {shown(prefix)}"}
+    hint = {"hint": f"all of them stand under one prefix; verify with --prefix {shown(prefix)}"}
     return [Difference(name=difference.name, verdict="missing", detail=hint) for difference in drifted]
 
 
 def diff(a: TensorSource, b: TensorSource, *, progress: Progress | None = None) -> DiffReport:
-    """Compare two checkpoints or models, tensor by tensor, bit by bit."""
-    meter = _Meter(sum(info.nbytes for name, info in a.tensors.items() if b.tensors.get(name) == info), progress)
+    """Compare two checkpoints or models, tensor by tensor, bit by bit.
+
+    Raises:
+        CheckpointError: if one of them changes meanwhile.
+        SystemFailure: if one of them cannot be read.
+    """
+    meter = Meter(sum(info.nbytes for name, info in a.tensors.items() if b.tensors.get(name) == info), progress)
     differences: list[Difference] = []
     for name, info in a.tensors.items():
         other = b.tensors.get(name)
@@ -160,10 +170,10 @@ def diff(a: TensorSource, b: TensorSource, *, progress: Progress | None = None) 
             differences.append(Difference(name=name, verdict="removed"))
         elif other != info:
             differences.append(_differing_info(name, a, b))
-        elif not same_bits(meter(a.read(name)), b.read(name)):
+        elif not same_bits(meter.over(a.read(name)), b.read(name)):
             found = compare(_reader(a, name), _reader(b, name), info)
             if found is None:
-                raise ManifestError(f"{a.label}, {b.label}", [Problem(name, "changed while it was compared")])
+                raise CheckpointError(f'{a.label}, {b.label}: "{shown(name)}" changed while it was compared')
             differences.append(Difference(name=name, verdict=found[0], detail=found[1]))
     differences += [Difference(name=name, verdict="added") for name in b.tensors if name not in a.tensors]
     return DiffReport(ok=not differences, tensors=tuple(differences))

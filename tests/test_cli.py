@@ -159,8 +159,20 @@ def test_json_of_verify_and_diff(folder):
 @pytest.mark.parametrize("document", ["spec", "plan", "manifest", "report"])
 def test_schemas(folder, document):
     schema = _json(run(folder, "schema", document))
-    assert schema["$schema"].startswith("https://json-schema.org/") and "version" in schema["properties"]
-    assert schema["additionalProperties"] is False
+    assert schema["$schema"].startswith("https://json-schema.org/")
+    for kind in [schema["$defs"][one["$ref"].split("/")[-1]] for one in schema.get("anyOf", [])] or [schema]:
+        assert kind["additionalProperties"] is False and "version" in kind["required"]
+
+
+def test_what_is_printed_fits_its_schema(folder):
+    for document, arguments, code in (
+        ("plan", ["plan", "spec.yaml", "base.safetensors"], 0),
+        ("manifest", ["rewrite", "spec.yaml", "base.safetensors", "-o", "schema.safetensors"], 0),
+        ("report", ["verify", "out/freeze.json", "moved.safetensors", "--baseline", "out"], 1),
+        ("report", ["diff", "out", "moved.safetensors"], 1),
+    ):
+        schema = _json(run(folder, "schema", document))
+        jsonschema.validate(_json(run(folder, *arguments, "--json", code=code)), schema)
 
 
 def test_the_schema_of_a_spec_accepts_every_spec_and_refuses_slips(folder):

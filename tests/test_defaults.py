@@ -275,7 +275,7 @@ def test_like_one_value_is_that_value(tmp_path):
 def test_like_values_that_are_not_finite_is_refused(tmp_path, odd, dtype):
     old = torch.ones(1000)
     old[777] = odd
-    with pytest.raises(ckptsurg.CheckpointError, match='"w" has values that are not finite'):
+    with pytest.raises(ckptsurg.SpecError, match=r'reinit\[0\]: like: "w" has values that are not finite'):
         reinitialised(tmp_path, {"w": old.to(dtype)}, "like")
     assert [path.name for path in tmp_path.iterdir()] == ["base.safetensors"]
 

@@ -144,6 +144,54 @@ def test_release_restores_what_was_found(model, manifest):
     frozen.release()  # a second time does nothing
 
 
+@pytest.mark.parametrize("first_goes_first", [True, False])
+def test_two_freezes_of_one_model(model, manifest, first_goes_first):
+    everything = ckptsurg.make_manifest("**", model)
+    freezes = [ckptsurg.freeze(model, manifest), ckptsurg.freeze(model, everything)]
+    one, other = freezes if first_goes_first else reversed(freezes)
+    one.release()
+    left = {id(p) for p in other.trainable_parameters()}
+    assert left == (set() if first_goes_first else {id(model.fc.weight), id(model.fc.bias)})
+    assert not model.train().bn.training
+    other.release()
+    assert all(p.requires_grad for p in model.parameters()) and model.train().bn.training
+    assert "train" not in model.bn.__dict__
+
+
+def test_a_second_phase_with_its_own_manifest(model, manifest):
+    ckptsurg.freeze(model, manifest).release()
+    second = ckptsurg.freeze(model, ckptsurg.make_manifest(["**", "!conv", "!bn"], model))
+    assert model.conv.weight.requires_grad and not model.fc.weight.requires_grad and model.train().bn.training
+    assert second.verify().ok
+
+
+def test_a_baseline_by_its_path(model, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(model.state_dict(), tmp_path / "base.safetensors")
+    frozen = ckptsurg.freeze(model, ckptsurg.make_manifest(["**", "!fc"], tmp_path / "base.safetensors"))
+    model.scale.data += 0.5
+    [difference] = frozen.verify(baseline=tmp_path / "base.safetensors").drifted
+    assert difference.detail.max_abs_diff == 0.5
+
+
+def test_arguments_that_do_not_fit(model, manifest, tmp_path):
+    for call in (
+        lambda: ckptsurg.freeze(model, manifest, extra="raise"),
+        lambda: ckptsurg.plan(5, tmp_path),
+        lambda: ckptsurg.plan({"version": 1}, model),
+        lambda: ckptsurg.verify(manifest, None),
+        lambda: ckptsurg.verify(manifest, {"a": 3}),
+        lambda: ckptsurg.verify("x" * 300, model),
+        lambda: ckptsurg.verify("a\0b", model),
+        lambda: ckptsurg.make_manifest("{" + ",".join(f"layer{i}.weight" for i in range(99)) + "}", model),
+        lambda: ckptsurg.make_manifest({"version": 1, "name": object()}, model),
+        lambda: ckptsurg.make_manifest(7, model),
+    ):
+        with pytest.raises(ckptsurg.CkptsurgError):
+            call()
+
+
 def test_training_is_only_turned_off(model, manifest):
     model.fc.bias.requires_grad_(False)
     frozen = ckptsurg.freeze(model, manifest)

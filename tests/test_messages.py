@@ -86,8 +86,8 @@ TYPOS = {
     ),
     "an expected count": (
         'version: 1\nfreeze: [{match: "**.bias", expect: 8}]\n',
-        'spec.yaml:2: freeze[0].expect: "**.bias" selects 9 tensors, expected 8: fc.bias, layer1.0.bn.bias, layer1.1.bn.bias '
-        "and 6 more",
+        'spec.yaml:2: freeze[0].expect: "**.bias" selects 9 tensors, expected 8: '
+        "fc.bias, layer1.0.bn.bias, layer1.1.bn.bias and 6 more",
     ),
     "a claim by two keys": (
         'version: 1\nfreeze: "**"\nreinit:\n  - {match: fc, init: zeros}\n',
@@ -180,5 +180,26 @@ def test_notes_on_half_frozen_norms(tmp_path):
     save_file(torch.nn.Sequential(torch.nn.BatchNorm1d(2)).state_dict(), tmp_path / "base.safetensors")
     plan = ckptsurg.plan({"version": 1, "freeze": "**.{weight,bias}"}, tmp_path / "base.safetensors")
     assert plan.notes == (
-        "1 norm layers are half frozen: statistics follow the data though their weights are frozen (0.running_mean)",
+        "1 norm layer half frozen: statistics follow the data though their weights are frozen (0.running_mean)",
     )
+
+
+def test_slips_of_form_do_not_hide_what_does_not_fit(base, tmp_path):
+    spec = {
+        "version": 1,
+        "freez": "x",
+        "drop": "absent",
+        "freeze": ["**", {"match": "!fc", "expct": 2}, 7],
+        "reinit": [
+            {"match": "conv1", "init": "zeros"},
+            {"match": "fc", "init": "nothing", "shape": {4: 1}},
+            {"mach": "fc", "init": "zeros"},
+        ],
+        "add": [{"name": "step", "shape": [1], "dtype": "F32", "init": "zeros"}, {"name": "b", "shape": [1]}],
+    }
+    with pytest.raises(ckptsurg.SpecError) as caught:
+        ckptsurg.plan(spec, base)
+    assert {problem.path for problem in caught.value.problems} == {
+        *("freez", "drop", "freeze[1].expct", "freeze[2]", "reinit[0]"),
+        *("reinit[1].init", "reinit[1].shape.4", "reinit[2]", "reinit[2].mach", "add[0].name", "add[1]"),
+    }

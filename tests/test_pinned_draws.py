@@ -24,8 +24,8 @@ from blake3 import blake3
 from pydantic import TypeAdapter
 
 import ckptsurg
+from ckptsurg.initializer_arguments import Init
 from ckptsurg.initializers import Drawing
-from ckptsurg.signatures import Init
 from ckptsurg.tensors import TensorInfo
 
 PINS = Path(__file__).with_name("pinned_draws.json")

@@ -262,6 +262,36 @@ def test_never_onto_the_base(single, sharded, tmp_path):
     _refused("lies inside the base", sharded, tmp_path / "alias" / "out", overwrite=True)
 
 
+def test_a_manifest_replaces_nothing_but_a_manifest(single, sharded, tmp_path):
+    spec = tmp_path / "spec.yaml"
+    spec.write_text("version: 1\n")
+    _refused("is the base", single, tmp_path / "x", manifest=single, overwrite=True)
+    _refused("is no manifest of ckptsurg", single, tmp_path / "x", manifest=spec, overwrite=True)
+    _refused("lies inside the base", sharded, tmp_path / "x", manifest=sharded / "config.json", overwrite=True)
+    (tmp_path / "folder").mkdir()
+    _refused("is no manifest of ckptsurg", single, tmp_path / "x", manifest=tmp_path / "folder", overwrite=True)
+    before = _contents(tmp_path)
+    manifest = ckptsurg.make_manifest("**", single)
+    for path in (single, spec, sharded / "model-00001-of-00003.safetensors", tmp_path / "folder"):
+        for overwrite in (False, True):
+            with pytest.raises(ckptsurg.UsageError, match=r"exists already|is no manifest"):
+                ckptsurg.write_manifest(manifest, path, overwrite=overwrite)
+    assert _contents(tmp_path) == before
+    ckptsurg.write_manifest(manifest, tmp_path / "m.json")
+    ckptsurg.write_manifest(manifest, tmp_path / "m.json", overwrite=True)
+
+
+def test_an_output_is_no_link(single, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    _refused("is a link; give the path", single, tmp_path / "link")
+
+
+def test_edits_of_a_config_that_would_be_lost(sharded, tmp_path):
+    with pytest.raises(ckptsurg.SpecError, match=r"config: .*is a lone file and has no config\.json; give a folder"):
+        ckptsurg.rewrite(PLAIN | {"config": {"set": {"a": 1}}}, sharded, tmp_path / "out.safetensors")
+
+
 def test_never_over_the_base(single, tmp_path):
     (tmp_path / "freeze.json").write_text(json.dumps({"tool": {"name": "ckptsurg"}}))
     _refused("holds the base", single, tmp_path, overwrite=True)
@@ -322,6 +352,20 @@ def test_a_full_disk(single, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 4 and "File too large" in done.stderr and "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base.safetensors", "spec.json"]
+
+
+def test_a_disk_with_too_little_room_is_said_before_writing(single, tmp_path, monkeypatch):
+    real = os.statvfs
+
+    def nearly_full(path):
+        found = list(real(path))
+        found[4] = 1  # f_bavail, in blocks
+        return os.statvfs_result(found)
+
+    monkeypatch.setattr(os, "statvfs", nearly_full)
+    _refused(
+        r"needs [0-9,]+ bytes, but the file system has [0-9,]+ left", single, tmp_path / "x", ckptsurg.SystemFailure
+    )
 
 
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path):

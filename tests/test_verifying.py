@@ -247,7 +247,7 @@ def test_roots_pin_a_manifest(published):
     manifest = ckptsurg.load_manifest(published / "out" / "freeze.json")
     for root in (manifest.root, manifest.frozen_root):
         assert _verify(published, lambda t: None, root=root).ok
-    with pytest.raises(ckptsurg.UsageError, match="expected blake3:0000"):
+    with pytest.raises(ckptsurg.UsageError, match="the pinned root is blake3:0000"):
         _verify(published, lambda t: None, root="blake3:" + "0" * 64)
 
 

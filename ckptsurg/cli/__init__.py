@@ -14,21 +14,21 @@ from ..errors import CkptsurgError
 __all__ = ["main"]
 
 _INTERRUPTED = 130
-_TERMINATED = 143
 _SYSTEM_FAILED = 4
 
 
 def main() -> NoReturn:
     """Run the command line and exit."""
     signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGHUP, _terminate)
     # A command ends soon, and what it builds (100,000 tensors' headers) has no cycles worth a search.
     gc.disable()
     sys.exit(_run())
 
 
-def _terminate(*_: object) -> NoReturn:
+def _terminate(number: int, _: object) -> NoReturn:
     # As an exception, so that whatever is staged is taken away.
-    sys.exit(_TERMINATED)
+    sys.exit(128 + number)
 
 
 def _run() -> int:
@@ -44,7 +44,7 @@ def _run() -> int:
         error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("ckptsurg: interrupted; nothing was published", err=True)
+        click.echo("interrupted", err=True)
         return _INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()  # the reader has gone; nobody is left to complain to
@@ -53,7 +53,7 @@ def _run() -> int:
         place = f" ({error.filename})" if error.filename else ""
         return _complain(f"{error.strerror or error}{place}", None, _SYSTEM_FAILED)
     except MemoryError:
-        return _complain("out of memory; nothing was published", None, _SYSTEM_FAILED)
+        return _complain("out of memory", None, _SYSTEM_FAILED)
     return code if isinstance(code, int) else 0
 
 

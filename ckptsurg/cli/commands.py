@@ -43,7 +43,8 @@ def cli() -> None:
     Exit codes: 0 done, or identical; 1 verify or diff found a difference; 2 bad usage, spec or manifest;
     3 a checkpoint that is malformed; 4 the system failed; 130 interrupted.
     """
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("ckptsurg").setLevel(logging.INFO)
 
 
 @cli.command()
@@ -106,7 +107,7 @@ def rewrite(
     from ..api import rewrite
     from . import rendering
 
-    with rendering.progress("rewrite") as report:
+    with rendering.progress("rewrite") as advance:
         result = rewrite(
             spec,
             ckpt,
@@ -116,7 +117,7 @@ def rewrite(
             max_shard_size=max_shard_size,
             digest=digest,
             keep_other_weights=keep_other_weights,
-            progress=report,
+            progress=advance,
         )
     if as_json:
         _print_document(result)
@@ -136,8 +137,8 @@ def manifest(spec: Path, ckpt: Path, out: Path, overwrite: bool, digest: str, as
     from ..api import make_manifest, write_manifest
     from . import rendering
 
-    with rendering.progress("manifest") as report:
-        result = make_manifest(spec, ckpt, digest=digest, progress=report)
+    with rendering.progress("manifest") as advance:
+        result = make_manifest(spec, ckpt, digest=digest, progress=advance)
     write_manifest(result, out, overwrite=overwrite)
     if as_json:
         _print_document(result)
@@ -172,7 +173,7 @@ def verify(
     from ..api import load_names, verify
     from . import rendering
 
-    with rendering.progress("verify") as report:
+    with rendering.progress("verify") as advance:
         result = verify(
             manifest,
             ckpt,
@@ -182,7 +183,7 @@ def verify(
             root=root,
             exact=exact,
             allow_widened=allow_widened,
-            progress=report,
+            progress=advance,
         )
     if as_json:
         _print_document(result)
@@ -200,8 +201,8 @@ def diff(a: Path, b: Path, as_json: bool) -> int:
     from ..api import diff
     from . import rendering
 
-    with rendering.progress("diff") as report:
-        result = diff(a, b, progress=report)
+    with rendering.progress("diff") as advance:
+        result = diff(a, b, progress=advance)
     if as_json:
         _print_document(result)
     else:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import counted, enumerate_names, shown
+from ..wording import counted, enumerate_names, shown
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

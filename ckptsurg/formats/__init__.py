@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..checkpoints import Checkpoint
-from ..errors import UsageError, shown, system_failures
+from ..errors import UsageError, system_failures
+from ..wording import shown
 from .folder import open_folder, open_index
 from .safetensors import open_single
 

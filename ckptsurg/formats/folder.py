@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import resource
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..checkpoints import Checkpoint, Extent, Index, StoredFile, read_small
-from ..errors import CheckpointError, UsageError, enumerate_names, shown
+from ..errors import CheckpointError, UsageError
 from ..header import open_file
+from ..manifest import MANIFEST_NAME
+from ..parsing import parse_json
 from ..tensors import TensorInfo
-from ..texts import parse_json
+from ..wording import enumerate_names, shown
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "companions", "open_folder", "open_index"]
 
@@ -179,39 +182,48 @@ def _allow_descriptors(count: int) -> None:
 
 # --- The files beside the weights -------------------------------------------------------------------
 
-_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".h5", ".gguf", ".msgpack", ".onnx", ".safetensors")
-_OUR_MANIFEST = "freeze.json"
+_WEIGHT_FILES = (".bin", ".pt", ".pth", ".h5", ".gguf", ".msgpack", ".onnx", ".safetensors")
+_OTHER_WEIGHTS = (*_WEIGHT_FILES, *(f"{ending}.index.json" for ending in _WEIGHT_FILES))
+_log = logging.getLogger("ckptsurg")
 
 
-def companions(checkpoint: Checkpoint, *, keep_other_weights: bool = False) -> tuple[dict[str, Path], list[str]]:
-    """The files of a checkpoint's folder that come along, and those that do not.
+def companions(checkpoint: Checkpoint, *, keep_other_weights: bool = False) -> dict[str, Path]:
+    """The files of a checkpoint's folder that come along. Those that do not are logged.
 
     Args:
         checkpoint: An opened checkpoint.
         keep_other_weights: Whether other files of weights come along.
 
     Returns:
-        Paths by name inside the folder, and the names left behind, sorted.
+        Paths by name inside the folder.
+
+    Raises:
+        CheckpointError: if a file is none, or a link that leaves the folder.
     """
     if checkpoint.folder is None:
-        return {}, []
+        return {}
     own = {file.name for file in checkpoint.files}
     if checkpoint.index is not None:
         own.add(checkpoint.index.name)
     taken: dict[str, Path] = {}
-    left: list[str] = []
+    weights: list[str] = []
+    others: list[str] = []
     for name, path in _walk(checkpoint.folder):
         if name in own:
             continue
-        weights = name.endswith((*_OTHER_WEIGHTS, *(f"{suffix}.index.json" for suffix in _OTHER_WEIGHTS)))
-        if name.endswith("/") or name == _OUR_MANIFEST or (weights and not keep_other_weights):
-            left.append(name)
-            continue
-        _refuse_outside(path, checkpoint.folder)
-        if not path.is_file():
-            raise CheckpointError(f"{shown(path)}: is no regular file and cannot come along", hint="move it away")
-        taken[name] = path
-    return taken, left
+        if name.endswith("/") or name == MANIFEST_NAME:
+            others.append(name)
+        elif name.endswith(_OTHER_WEIGHTS) and not keep_other_weights:
+            weights.append(name)
+        else:
+            _refuse_outside(path, checkpoint.folder)
+            if not path.is_file():
+                raise CheckpointError(f"{shown(path)}: is no regular file and cannot come along", hint="move it away")
+            taken[name] = path
+    for what, names in (("other weights, not brought along", weights), ("not brought along", others)):
+        if names:
+            _log.warning("%s: %s", what, ", ".join(map(shown, names)))
+    return taken
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, Path]]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import time
 import warnings
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -14,12 +18,13 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..aligning import Renaming, align, renamer
-from ..errors import FreezeError, FrozenWeightsChanged, UsageError, enumerate_names, shown
+from ..errors import FreezeError, FrozenWeightsChanged, UsageError
 from ..manifest import Manifest
+from ..renaming import Renaming, align, renamed
 from ..report import Report
 from ..tensors import TensorSource
 from ..verifying import verify
+from ..wording import enumerate_names, shown
 from .torch_tensors import TorchTensors, live_tensors, unreadable
 
 __all__ = ["FrozenModel", "Guard", "freeze", "source_of"]
@@ -54,10 +59,13 @@ def freeze(
         FreezeError: with the model unchanged, if a frozen tensor is absent, has another dtype, shape or other bits,
             cannot be read, or shares storage with a trainable one.
         ManifestError: if nothing is frozen.
+        UsageError: if names do not fit.
     """
+    if extra not in ("keep", "error"):
+        raise UsageError(f'extra: expected "keep" or "error", found {shown(extra)}')
     manifest.require_frozen()
     live = live_tensors(model)
-    partners = align(manifest.tensors, renamer(names, None, live))
+    partners = align(manifest.tensors, renamed(live, names))
     problems = list(_mismatches(manifest, live, partners, allow_widened=allow_widened))
     problems = problems or list(_entangled(manifest, live, partners))
     unknown = _extra_parameters(live, set(partners.values()))
@@ -176,6 +184,13 @@ class _StaysInEvaluation:
         self.module.__dict__["train"] = self
 
     def release(self) -> None:
+        current = self.module.__dict__.get("train")
+        if current is not self:  # another freeze came later and holds on to this one
+            while isinstance(current, _StaysInEvaluation) and current.replaced is not self:
+                current = current.replaced
+            if isinstance(current, _StaysInEvaluation):
+                current.replaced, current.was_training = self.replaced, self.was_training
+            return
         del self.module.__dict__["train"]
         if self.replaced is not None:
             self.module.__dict__["train"] = self.replaced
@@ -196,7 +211,7 @@ def _moves_in_training(module: nn.Module) -> bool:
     return isinstance(module, _NormBase) or type(module).__name__ == "_SpectralNorm"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Found:
     """What a parameter was like before the freeze."""
 
@@ -217,6 +232,7 @@ class FrozenModel:
     def __init__(self, model: nn.Module, manifest: Manifest, names: Renaming | None, extra: tuple[str, ...]) -> None:
         self.model, self.manifest, self.extra = model, manifest, extra
         self._names = names
+        self._number = next(_NUMBERS)
         self._found: list[_Found] = []
         self._held: list[_StaysInEvaluation] = []
         buffers: set[int] = set()
@@ -231,11 +247,12 @@ class FrozenModel:
             if _moves_in_training(module) and any(id(buffer) in buffers for buffer in module._buffers.values()):
                 self._held.append(_StaysInEvaluation(module))
                 self._held[-1].hold()
+        _FREEZES.setdefault(model, weakref.WeakSet()).add(self)
 
     def frozen_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The frozen tensors that the model has now, by the model's names; looked up afresh at every call."""
         live = live_tensors(self.model)
-        partners = align(self.manifest.tensors, renamer(self._names, None, live))
+        partners = align(self.manifest.tensors, renamed(live, self._names))
         for name in self.manifest.frozen:
             if name in partners:
                 yield partners[name], live[partners[name]]
@@ -244,12 +261,21 @@ class FrozenModel:
         """The parameters that train: what an optimizer is built from."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def verify(self, baseline: TensorSource | None = None) -> Report:
+    def verify(self, baseline: str | os.PathLike[str] | TensorSource | None = None) -> Report:
         """Prove that every frozen tensor of the live model has its bits.
 
         Args:
-            baseline: The published tensors; with them the report says where tensors differ.
+            baseline: The published checkpoint, by path or opened; with it the report says where tensors differ.
+
+        Raises:
+            UsageError: if the baseline is not what the manifest describes.
+            CheckpointError: if it is malformed.
         """
+        if isinstance(baseline, str | os.PathLike):
+            from ..formats import open_checkpoint
+
+            with open_checkpoint(Path(baseline)) as opened:
+                return self.verify(opened)
         return verify(self.manifest, source_of(self.model), baseline=baseline, names=self._names, allow_widened=True)
 
     def guard(self, optimizer: torch.optim.Optimizer, *, every: int | None = None) -> Guard:
@@ -267,14 +293,29 @@ class FrozenModel:
         return [name for name, module in self.model.named_modules() if id(module) in held and module.training]
 
     def release(self) -> None:
-        """Give the model back as it was found; its weights stay as they are."""
+        """Give the model back as it was found; its weights stay as they are.
+
+        What another freeze of the model holds too stays frozen until that one is released.
+        """
+        _FREEZES[self.model].discard(self)
+        others = {id(found.parameter): (other, found) for other in _FREEZES[self.model] for found in other._found}
         for hold in reversed(self._held):
             hold.release()
         for found in self._found:
+            if id(found.parameter) in others:
+                other, theirs = others[id(found.parameter)]
+                if other._number > self._number:  # it found what this freeze had made of the parameter
+                    other._found[other._found.index(theirs)] = found
+                continue
             found.parameter.requires_grad_(found.requires_grad)
             if found.parameter.grad is None:
                 found.parameter.grad = found.grad
         self._held, self._found = [], []
+
+
+_NUMBERS = itertools.count()
+#: The freezes of each model that were not released.
+_FREEZES: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[FrozenModel]] = weakref.WeakKeyDictionary()
 
 
 class Guard:

@@ -8,8 +8,9 @@ from functools import cached_property
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..errors import FreezeError, shown
+from ..errors import FreezeError
 from ..tensors import CHUNK_BYTES, TensorInfo
+from ..wording import shown
 
 __all__ = ["TorchTensors", "live_tensors", "unreadable"]
 

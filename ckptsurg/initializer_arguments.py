@@ -20,8 +20,8 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 from .documents import Model, fail, suggest
-from .errors import shown
 from .tensors import TensorInfo
+from .wording import shown
 
 __all__ = ["MODULES", "Init", "Initializer", "refusal"]
 

@@ -15,7 +15,8 @@ from typing import Any, NoReturn, TypeAlias
 
 import yaml
 
-from .errors import DocumentError, Problem, SystemFailure, UsageError, shown
+from .errors import DocumentError, Problem, SystemFailure, UsageError
+from .wording import shown
 
 __all__ = ["Place", "Text", "describe_place", "parse_json", "read_bytes", "read_text"]
 

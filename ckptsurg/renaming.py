@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
-from .errors import UsageError, enumerate_names, shown
+from .errors import UsageError
+from .wording import enumerate_names, shown
 
-__all__ = ["Renaming", "align", "common_prefix", "renamer", "unwrapped"]
+__all__ = ["Renaming", "align", "common_prefix", "renamed", "unwrapped"]
 
 #: From a name in the trained checkpoint or live model to one in the manifest.
 Renaming: TypeAlias = Mapping[str, str] | Callable[[str], str]
@@ -25,8 +26,13 @@ def unwrapped(name: str) -> str:
     return ".".join(segments)
 
 
-def renamer(names: Renaming | None, prefix: str | None, given: Iterable[str]) -> dict[str, str]:
+def renamed(given: Iterable[str], names: Renaming | None = None, prefix: str | None = None) -> dict[str, str]:
     """What each given name is called after the map and the prefix.
+
+    Args:
+        given: Names of a trained checkpoint or live model.
+        names: From these to the manifest's, where they differ.
+        prefix: Taken off each name, under what wrappers add.
 
     Raises:
         UsageError: if no key of the map is a given name, or two names become one.
@@ -38,25 +44,31 @@ def renamer(names: Renaming | None, prefix: str | None, given: Iterable[str]) ->
                 "names: no key of the map is a tensor here; it maps the trained names to the manifest's: "
                 f"{enumerate_names(names, 2)}"
             )
-        renamed = {name: names.get(name, name) for name in listed}
+        new = {name: names.get(name, name) for name in listed}
     else:
-        renamed = {name: names(name) if names is not None else name for name in listed}
+        new = {name: names(name) if names is not None else name for name in listed}
     if prefix:
-        renamed = {name: new.removeprefix(prefix) for name, new in renamed.items()}
+        new = {name: _without(prefix, called) for name, called in new.items()}
     owners: dict[str, list[str]] = defaultdict(list)
-    for name, new in renamed.items():
-        owners[new].append(name)
+    for name, called in new.items():
+        owners[called].append(name)
     if clash := next((group for group in owners.values() if len(group) > 1), None):
-        raise UsageError(f'{enumerate_names(clash)} would all be called "{shown(renamed[clash[0]])}"')
-    return renamed
+        raise UsageError(f'{enumerate_names(clash)} would all be called "{shown(new[clash[0]])}"')
+    return new
 
 
-def align(wanted: Iterable[str], renamed: Mapping[str, str]) -> dict[str, str]:
+def _without(prefix: str, name: str) -> str:
+    if not name.startswith(prefix) and unwrapped(name).startswith(prefix):
+        name = unwrapped(name)
+    return name.removeprefix(prefix)
+
+
+def align(wanted: Iterable[str], called: Mapping[str, str]) -> dict[str, str]:
     """Which given name stands for each wanted one: the same name first, else the same but for wrappers.
 
     Args:
         wanted: Names of a manifest.
-        renamed: From given names to what they are called (``renamer``).
+        called: From given names to what they are called (``renamed``).
 
     Returns:
         Given names by wanted name; names without a partner are left out.
@@ -65,7 +77,7 @@ def align(wanted: Iterable[str], renamed: Mapping[str, str]) -> dict[str, str]:
         UsageError: if two given names stand for one wanted name.
     """
     aligned: dict[str, str] = {}
-    given_by_name = {new: name for name, new in renamed.items()}
+    given_by_name = {new: name for name, new in called.items()}
     rest: list[str] = []
     for name in wanted:
         if name in given_by_name:
@@ -86,12 +98,10 @@ def align(wanted: Iterable[str], renamed: Mapping[str, str]) -> dict[str, str]:
     return aligned
 
 
-def common_prefix(wanted: Iterable[str], given: Iterable[str]) -> str | None:
-    """The prefix under which all wanted names are given; None where there is none."""
-    names = set(given)
-    listed = list(wanted)
-    if not listed:
+def common_prefix(wanted: Sequence[Collection[str]], given: Iterable[str]) -> str | None:
+    """The prefix under which one of each set of wanted names is given, wrappers aside; None where there is none."""
+    names = {unwrapped(name) for name in given}
+    if not wanted:
         return None
-    first = listed[0]
-    prefixes = [name.removesuffix(first) for name in names if name.endswith(first) and name != first]
-    return next((prefix for prefix in sorted(prefixes) if all(prefix + name in names for name in listed)), None)
+    prefixes = {name.removesuffix(one) for one in wanted[0] for name in names if name.endswith(one) and name != one}
+    return next((p for p in sorted(prefixes) if all(any(p + name in names for name in one) for one in wanted)), None)

@@ -1,0 +1,153 @@
+"""Paths or objects: what the public functions take, made into what the library works on."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+from . import planning
+from .checkpoints import Checkpoint
+from .errors import SpecError, UsageError
+from .formats import open_checkpoint
+from .manifest import Manifest, load_manifest
+from .parsing import Text, read_text
+from .spec import Spec
+from .tensors import ALGORITHMS, TensorSource
+from .wording import shown
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "ManifestLike",
+    "PathLike",
+    "SpecLike",
+    "TensorsLike",
+    "as_algorithm",
+    "as_manifest",
+    "as_path",
+    "as_size",
+    "as_spec",
+    "as_spec_or_patterns",
+    "checkpoint_of",
+    "tensors_of",
+]
+
+PathLike: TypeAlias = "str | os.PathLike[str]"
+SpecLike: TypeAlias = "PathLike | Spec | Mapping[str, Any]"
+ManifestLike: TypeAlias = "PathLike | Manifest"
+#: A checkpoint, by path or opened; a live model; a state dict.
+TensorsLike: TypeAlias = "PathLike | TensorSource | torch.nn.Module | Mapping[str, torch.Tensor]"
+
+
+def as_path(given: object) -> Path:
+    """A path.
+
+    Raises:
+        UsageError: if it is no text, or no text that a path can be.
+    """
+    if not isinstance(given, str | os.PathLike):
+        raise UsageError(f"expected a path, found {shown(type(given).__name__)} {shown(given, 60)}")
+    if "\0" in os.fspath(given):
+        raise UsageError(f"{shown(given)}: a path has no NUL in it")
+    return Path(given)
+
+
+def as_spec(given: SpecLike, source: TensorSource) -> Spec:
+    """A spec; where it is not valid, what else is wrong with it for this source is reported with it."""
+    if isinstance(given, Spec):
+        return given
+    text = Text("spec", dict(given)) if isinstance(given, Mapping) else read_text(as_path(given), SpecError)
+    try:
+        return Spec.from_text(text)
+    except SpecError as error:
+        problems = list(error.problems)
+    if (rest := Spec.repaired(text)) is not None:
+        try:
+            planning.plan(rest, source)
+        except SpecError as error:
+            problems += error.problems
+    raise SpecError(text.label, problems)
+
+
+def as_spec_or_patterns(given: SpecLike | Iterable[str | Mapping[str, Any]], source: TensorSource) -> Spec:
+    """A text is a path if it has the ending of a document or is the name of a file; else it is a pattern."""
+    if isinstance(given, str) and not given.endswith((".yaml", ".yml", ".json")) and not _is_file(given):
+        return Spec.of_patterns(given)
+    if isinstance(given, str | os.PathLike | Spec | Mapping):
+        return as_spec(given, source)
+    if not isinstance(given, Iterable):
+        raise UsageError(f"expected a spec, its path or patterns, found {shown(type(given).__name__)}")
+    return Spec.of_patterns(given)
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # too long, or with a NUL: a pattern may be
+        return False
+
+
+def as_manifest(given: ManifestLike) -> Manifest:
+    return given if isinstance(given, Manifest) else load_manifest(as_path(given))
+
+
+@contextmanager
+def checkpoint_of(given: PathLike | Checkpoint) -> Iterator[Checkpoint]:
+    """A checkpoint; closed at the end if it was opened here."""
+    if isinstance(given, Checkpoint):
+        yield given
+    else:
+        with open_checkpoint(as_path(given)) as opened:
+            yield opened
+
+
+@contextmanager
+def tensors_of(given: TensorsLike) -> Iterator[TensorSource]:
+    """The tensors of a checkpoint, live model or state dict."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(given, torch.nn.Module):
+        from .integrations.pytorch import source_of
+
+        yield source_of(given)
+    elif torch is not None and isinstance(given, Mapping):
+        from .integrations.torch_tensors import TorchTensors
+
+        if odd := [name for name, value in given.items() if not isinstance(value, torch.Tensor)]:
+            raise UsageError(f'"{shown(odd[0])}" of the state dict is a {type(given[odd[0]]).__name__}, not a tensor')
+        yield TorchTensors(given, "the state dict")
+    elif isinstance(given, str | os.PathLike):
+        with open_checkpoint(as_path(given)) as opened:
+            yield opened
+    elif hasattr(given, "tensors") and hasattr(given, "read"):
+        yield cast("TensorSource", given)
+    else:
+        raise UsageError(f"expected a path, checkpoint, model or state dict, found {shown(type(given).__name__)}")
+
+
+_UNITS = {"": 1, "B": 1, **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}}
+_UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)}
+
+
+def as_size(given: int | str | None) -> int | None:
+    """Bytes in ``5GB`` (10^9) or ``5GiB`` (2^30)."""
+    if given is None:
+        return None
+    match = re.fullmatch(r"([0-9]{1,30}(?:\.[0-9]+)?)\s*([A-Za-z]*)", str(given).strip())
+    if match is None or match[2].upper() not in _UNITS:
+        raise UsageError(f'"{shown(given)}" is no size; write 5GB, 500MB or a number of bytes')
+    size = int(float(match[1]) * _UNITS[match[2].upper()])
+    if size < 1:
+        raise UsageError("the largest size of a shard must be at least one byte")
+    return size
+
+
+def as_algorithm(given: str) -> str:
+    if given not in ALGORITHMS:
+        raise UsageError(f'unknown digest "{shown(given)}"; one of: {", ".join(ALGORITHMS)}')
+    return given
