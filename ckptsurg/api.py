@@ -86,8 +86,14 @@ def plan(spec: SpecLike, ckpt: PathLike | Checkpoint) -> Plan:
         CheckpointError: if the checkpoint is malformed.
         SystemFailure: if it cannot be read.
     """
+    return plan_with_spec(spec, ckpt)[1]
+
+
+def plan_with_spec(spec: SpecLike, ckpt: PathLike | Checkpoint) -> tuple[Spec, Plan]:
+    """The plan, and the spec that it was made to, which is read once."""
     with checkpoint_of(ckpt) as base:
-        return _plan(as_spec(spec, base), base)[0]
+        document = as_spec(spec, base)
+        return document, _plan(document, base)[0]
 
 
 def rewrite(

@@ -105,6 +105,8 @@ class Checkpoint:
         return shown(self.path)
 
     def read(self, name: str) -> Iterator[memoryview]:
+        if not self._closer.alive:  # the number of a closed descriptor may be another file's by now
+            raise UsageError(f"{self.label}: the checkpoint is closed")
         return read_extent(self.extents[name], self.label)
 
     def refuse_if_changed(self) -> None:

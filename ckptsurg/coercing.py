@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -141,7 +142,7 @@ def as_size(given: int | str | None) -> int | None:
     match = re.fullmatch(r"([0-9]{1,30}(?:\.[0-9]+)?)\s*([A-Za-z]*)", str(given).strip())
     if match is None or match[2].upper() not in _UNITS:
         raise UsageError(f'"{shown(given)}" is no size; write 5GB, 500MB or a number of bytes')
-    size = int(float(match[1]) * _UNITS[match[2].upper()])
+    size = int(Decimal(match[1]) * _UNITS[match[2].upper()])
     if size < 1:
         raise UsageError("the largest size of a shard must be at least one byte")
     return size

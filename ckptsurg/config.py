@@ -43,6 +43,10 @@ def edited_config(spec: Spec, folder: Path | None) -> tuple[bytes | None, list[s
         raise SpecError(spec.label, [spec.problem(("config",), message)])
     problems: list[Problem] = []
     notes: list[str] = []
+    for path in spec.config.set:
+        for other in spec.config.set:
+            if other.startswith(f"{path}."):
+                problems.append(spec.problem(("config", "set", other), f"{shown(path)} is set too, as a whole"))
     for position, path in enumerate(spec.config.unset):
         parent, key = _parent(config, path, create=False)
         if parent is None or key not in parent:

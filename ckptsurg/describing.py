@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from .checkpoints import Checkpoint
+from .errors import UsageError
 from .manifest import BaseFile, Manifest, Origin, SpecIdentity, TensorRecord
 from .metering import Meter, Progress
 from .plans import Action, Plan, PlannedTensor
 from .spec import Spec
-from .tensors import TensorSource, digest_of
+from .tensors import DTYPE_BITS, TensorSource, digest_of
+from .wording import shown
 
 __all__ = ["base_files", "describe", "record"]
 
@@ -27,9 +29,14 @@ def describe(
         progress: Told how many bytes are read.
 
     Raises:
+        UsageError: if a tensor has a dtype that safetensors does not have.
         CheckpointError: if the source turns out to be damaged, or changes meanwhile.
         SystemFailure: if it cannot be read.
     """
+    for tensor in plan.output:
+        if tensor.dtype not in DTYPE_BITS:
+            message = f'"{shown(tensor.name)}" is {tensor.dtype}, which safetensors does not have'
+            raise UsageError(f"{source.label}: {message}")
     meter = Meter(sum(tensor.info.nbytes for tensor in plan.output), progress)
     records = {
         tensor.name: record(tensor, digest_of(meter.over(source.read(tensor.name)), algorithm))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from .errors import DocumentError, Problem
-from .parsing import Text, describe_place
+from .parsing import Place, Text, describe_place
 from .wording import shown
 
 __all__ = ["Document", "Model", "canonical_json", "fail", "suggest"]
@@ -47,20 +48,22 @@ class Document(Model):
         if not isinstance(text.data, dict):
             found = "nothing" if text.data is None else f"a {_kind(text.data)}"
             raise cls.error(text.label, [Problem("", f"expected keys and values at the top, found {found}", 1)])
-        if "version" not in text.data:
-            raise cls.error(text.label, [Problem("version", "missing; write `version: 1`", 1, ("version",))])
-        if type(found := text.data["version"]) is not int:
-            message = f"expected the number 1, found the {_kind(found)} {_quoted(found)}"
-            raise cls.error(text.label, [Problem("version", message, text.line(("version",)), ("version",))])
+        problems = list(_version_problems(text))
+        data = text.data | {"version": 1} if problems else text.data
         try:
             # As JSON, where a list may stand for a tuple, although nothing else is converted.
-            return cls.model_validate_json(json.dumps(text.data))
-        except RecursionError:
-            raise cls.error(text.label, [Problem("", "nested too deeply")]) from None
-        except TypeError as error:
-            raise cls.error(text.label, [Problem("", f"holds what no document can: {shown(error)}")]) from None
+            document = cls.model_validate_json(json.dumps(data, allow_nan=False))
         except ValidationError as error:
-            raise cls.error(text.label, list(_problems(cls, error, text))) from None
+            problems += _problems(cls, error, text)
+        except RecursionError:
+            problems.append(Problem("", "nested too deeply"))
+        except (TypeError, ValueError) as error:
+            circular = "Circular" in str(error)  # and without end
+            problems += () if circular else _not_finite(text)
+            problems = problems or [Problem("", f"holds what no document can: {shown(error)}")]
+        if problems:
+            raise cls.error(text.label, problems)
+        return document
 
     def __eq__(self, other: object) -> bool:
         # Where a document was read from is no part of it.
@@ -113,6 +116,30 @@ _EXPECTED = {
     "model_type": "keys and values",
     "model_attributes_type": "keys and values",
 }
+
+
+def _version_problems(text: Text) -> Iterator[Problem]:
+    place = ("version",)
+    if "version" not in text.data:
+        yield Problem("version", "missing; write `version: 1`", 1, place)
+    elif type(found := text.data["version"]) is not int:
+        message = f"expected the number 1, found the {_kind(found)} {_quoted(found)}"
+        yield Problem("version", message, text.line(place), place)
+    elif found != 1:
+        yield Problem("version", f"{_quoted(found)} is not known; this ckptsurg reads 1", text.line(place), place)
+
+
+def _not_finite(text: Text) -> Iterator[Problem]:
+    """Numbers that JSON does not have; only a document that was given as an object can hold them."""
+    waiting: list[tuple[Place, Any]] = [((), text.data)]
+    while waiting:
+        place, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [((*place, str(key)), inner) for key, inner in value.items()]
+        elif isinstance(value, list | tuple):
+            waiting += [((*place, position), inner) for position, inner in enumerate(value)]
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield Problem(describe_place(place), f"{value} is not a number that a document may hold", None, place)
 
 
 def _problems(model: type[Model], error: ValidationError, text: Text) -> Iterator[Problem]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
@@ -64,7 +65,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, patterns: Sequence[str] = ()) -> 
         spec = Spec.from_text(Text("patterns", {"version": 1, "freeze": list(patterns)}))
         selection = select(spec, ("freeze",), spec.freeze or (), Space(Names(names), checkpoint.tensors))
         if selection.problems:
-            raise SpecError("patterns", selection.problems)
+            raise SpecError("patterns", [replace(problem, path="") for problem in selection.problems])
         names = [name for name, selected in zip(names, selection.mask.tolist(), strict=True) if selected]
     metadata: dict[str, str] = {}
     for file in checkpoint.files:

@@ -17,6 +17,7 @@ __all__ = [
     "SLICE_TEXT",
     "AnyDepth",
     "Children",
+    "OutOfRange",
     "PatternError",
     "Segment",
     "Step",
@@ -37,7 +38,11 @@ CHILD_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
 class PatternError(ValueError):
-    """A pattern that cannot be read, or whose slice is out of range."""
+    """A pattern that cannot be read, or that does not fit the names."""
+
+
+class OutOfRange(PatternError):
+    """A slice that reaches past the children of a module."""
 
 
 def _alternatives(inside: str) -> list[str] | None:
@@ -161,7 +166,7 @@ def pick(numbers: Sequence[int], text: str, module: str) -> set[int]:
     if ":" not in inside:
         index = bound(inside)
         if index not in numbers:
-            raise PatternError(f"{text} is out of range: {children}")
+            raise OutOfRange(f"{text} is out of range: {children}")
         return {index}
     start_text, stop_text, *step_text = inside.split(":")
     step = int(step_text[0]) if step_text and step_text[0] else 1
@@ -172,7 +177,7 @@ def pick(numbers: Sequence[int], text: str, module: str) -> set[int]:
     low, high = (bound(part) if part else None for part in (start_text, stop_text))
     for value in (low, high):
         if value is not None and not 0 <= value <= end:
-            raise PatternError(f"{text} is out of range: {children}")
+            raise OutOfRange(f"{text} is out of range: {children}")
     picked = range(end)[slice(low, high, step)]
     return {number for number in numbers if number in picked}
 

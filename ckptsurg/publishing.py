@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -47,7 +48,9 @@ def refuse_target(out: Path, manifest: Path | None, base: Checkpoint, *, overwri
         UsageError: if the output must not be written.
     """
     is_file = is_file_output(out)
-    beside = [manifest] if manifest is not None else [manifest_path(out)] if is_file else []
+    # A stale manifest in its usual place would describe other weights, even if the new one goes elsewhere.
+    beside = [manifest_path(out)] if is_file else []
+    beside += [manifest] if manifest is not None else []
     for target in (out, *beside):
         _refuse_base(target, base)
     if manifest is not None and _real(manifest).is_relative_to(_real(out)):
@@ -108,6 +111,8 @@ def _refuse_folder(out: Path, label: str, *, overwrite: bool) -> None:
 
 def _is_manifest(path: Path) -> bool:
     try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return False
         return bool(json.loads(path.read_bytes())["tool"]["name"] == "ckptsurg")
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
@@ -203,7 +208,7 @@ def staged(target: Path, size: int) -> Iterator[Staging]:
     try:
         yield staging
     except OSError as failure:
-        done = "it was published, but may not be on disk yet" if staging.published else "nothing was published"
+        done = "what was published may not be whole or on disk" if staging.published else "nothing was published"
         raise SystemFailure(f"{label}: {failure.strerror or failure}; {done}") from failure
     finally:
         shutil.rmtree(staging.folder, ignore_errors=True)

@@ -45,8 +45,13 @@ def renamed(given: Iterable[str], names: Renaming | None = None, prefix: str | N
                 f"{enumerate_names(names, 2)}"
             )
         new = {name: names.get(name, name) for name in listed}
-    else:
+    elif names is None or callable(names):
         new = {name: names(name) if names is not None else name for name in listed}
+    else:
+        raise UsageError(f"names: expected a mapping or a function, found {shown(type(names).__name__)}")
+    for name, called in new.items():
+        if type(called) is not str:
+            raise UsageError(f'names: "{shown(name)}" becomes {shown(called, 40)}, which is no name')
     if prefix:
         new = {name: _without(prefix, called) for name, called in new.items()}
     owners: dict[str, list[str]] = defaultdict(list)
@@ -94,7 +99,7 @@ def align(wanted: Iterable[str], called: Mapping[str, str]) -> dict[str, str]:
         if len(found) > 1:
             raise UsageError(f'{enumerate_names(found)} could all be "{shown(name)}"; give a map of names')
         if found:
-            aligned[name] = found[0]
+            aligned[name] = found.pop()  # one tensor proves one other
     return aligned
 
 

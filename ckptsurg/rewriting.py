@@ -113,6 +113,7 @@ def _publish(staging: Staging, content: bytes, out: Path, manifest_at: Path | No
             staging.publish_file(out.name, out, overwrite=overwrite)
         else:
             staging.publish_folder(out, overwrite=overwrite)
+        beside.published = True
         beside.publish_file(target.name, target, overwrite=overwrite)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from .errors import Problem
 from .matching import BoolArray, IntArray, Names
 from .parsing import Place
-from .patterns import PatternError
+from .patterns import OutOfRange, PatternError
 from .spec import Item, Spec, Where
 from .tensors import TensorInfo
 from .wording import counted, enumerate_names, shown
@@ -91,6 +91,8 @@ def select(spec: Spec, place: Place, items: Sequence[Item], space: Space) -> Sel
         try:
             hits = space.names.match(pattern)
         except PatternError as error:
+            if item.optional and isinstance(error, OutOfRange):
+                continue
             problems.append(spec.problem((*here, "match"), f'"{shown(item.match)}": {error}'))
             continue
         total = np.zeros(count, np.bool_)
@@ -99,7 +101,7 @@ def select(spec: Spec, place: Place, items: Sequence[Item], space: Space) -> Sel
             hit = _filtered(hit, item.where, space)
             taken = hit & mask if negative else hit
             total |= taken
-            if not taken.any() and not item.optional:
+            if not taken.any() and not item.optional and item.expect != 0:
                 idle.append((alternative, int(hit.sum())))
         if idle:
             problems.append(spec.problem((*here, "match"), _explain_nothing(item, idle, len(hits), negative, space)))

@@ -194,9 +194,10 @@ class Spec(Document):
             places = [problem.place for problem in error.problems]
         if not isinstance(text.data, dict) or () in places:
             return None
-        data = copy.deepcopy(text.data) | {"version": 1}
+        data = copy.deepcopy(text.data)
         for place in places:
             _neutralise(data, place)
+        data["version"] = 1
         try:
             spec = cls.from_text(Text(text.label, data))
         except SpecError:

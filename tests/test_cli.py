@@ -72,7 +72,7 @@ def test_inspect_shows_what_patterns_select(folder):
     text = run(folder, "inspect", "base.safetensors", "layers[-2:]", "!**.gate").stdout
     assert "2 tensors" in text and "{10..11}" in text and "gate" not in text
     error = run(folder, "inspect", "base.safetensors", "layres", code=2).stderr
-    assert error.splitlines()[0].endswith('"layres" matches nothing; nearest: layers')
+    assert error.splitlines()[0] == 'error: patterns: "layres" matches nothing; nearest: layers'
 
 
 def test_plan_is_a_table_with_rules_and_counts(folder):
@@ -260,10 +260,38 @@ def test_signals_leave_nothing(tmp_path, number, code):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base.safetensors", "spec.yaml"]
 
 
+def test_a_reader_that_goes_away_is_no_difference(folder):
+    command = f"set -o pipefail; {sys.executable} -m ckptsurg verify out/freeze.json out | true"
+    done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True)
+    assert done.returncode in (0, 4) and done.stderr == ""
+
+
 def test_a_reader_that_goes_away_is_no_traceback(folder):
     command = f"{sys.executable} -m ckptsurg plan spec.yaml base.safetensors --json | head -c 1"
     done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True)
     assert done.stdout == "{" and done.stderr == ""
+
+
+def test_streams_that_are_closed_or_full_change_no_exit_code(folder):
+    good, bad = "verify out/freeze.json trained.safetensors", "verify out/freeze.json moved.safetensors"
+    for command, code in (
+        (f"{good} >&-", 0),
+        (f"{bad} >&-", 1),
+        ("inspect base.safetensors >&- 2>&-", 0),
+        ("verify absent.json out 2>/dev/full", 2),
+        ("verify absent.json out 2>&-", 2),
+        ("frobnicate 2>/dev/full", 2),
+        ("inspect base.safetensors >/dev/full", 4),
+    ):
+        done = subprocess.run(
+            f"{sys.executable} -m ckptsurg {command}", shell=True, cwd=folder, capture_output=True, text=True
+        )
+        assert (done.returncode, "Traceback" in done.stderr) == (code, False), command
+
+
+def test_help_is_laid_out(folder):
+    text = run(folder, "--help").stdout
+    assert "\\b" not in text and "Exit codes: 0 done" in text
 
 
 # --- Terminals --------------------------------------------------------------------------------------

@@ -187,9 +187,39 @@ def test_arguments_that_do_not_fit(model, manifest, tmp_path):
         lambda: ckptsurg.make_manifest("{" + ",".join(f"layer{i}.weight" for i in range(99)) + "}", model),
         lambda: ckptsurg.make_manifest({"version": 1, "name": object()}, model),
         lambda: ckptsurg.make_manifest(7, model),
+        lambda: ckptsurg.make_manifest("**", {"a": torch.zeros(2, dtype=torch.complex128)}),
+        lambda: ckptsurg.make_manifest("**", nn.LazyLinear(3)),
+        lambda: ckptsurg.freeze(model, manifest, names={"conv.weight": None}),
+        lambda: ckptsurg.freeze(model, manifest, names="x"),
+        lambda: ckptsurg.freeze(model, manifest).guard(torch.optim.SGD(model.parameters(), lr=1), every="2"),
     ):
         with pytest.raises(ckptsurg.CkptsurgError):
             call()
+
+
+def test_release_gives_back_the_mode_that_was_asked_for_last(model, manifest):
+    frozen = ckptsurg.freeze(model, manifest)
+    model.eval()
+    frozen.release()
+    assert not model.bn.training
+
+
+def test_a_norm_that_was_replaced_is_noticed(model, manifest):
+    frozen = ckptsurg.freeze(model, manifest)
+    optimizer = torch.optim.SGD(frozen.trainable_parameters(), lr=0.1)
+    twin = nn.BatchNorm2d(4)
+    twin.load_state_dict(model.bn.state_dict())
+    model.bn = twin.requires_grad_(False)
+    with pytest.raises(ckptsurg.FrozenWeightsChanged, match="bn move"), frozen.guard(optimizer):
+        optimizer.step()
+
+
+def test_a_guard_is_used_once(model, manifest):
+    frozen = ckptsurg.freeze(model, manifest)
+    guard = frozen.guard(torch.optim.SGD(frozen.trainable_parameters(), lr=0.1))
+    guard.remove()
+    with pytest.raises(ckptsurg.UsageError, match="the guard was removed"):
+        guard.__enter__()
 
 
 def test_training_is_only_turned_off(model, manifest):

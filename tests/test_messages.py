@@ -163,6 +163,18 @@ def test_all_problems_are_reported_at_once(base, tmp_path):
     ]
 
 
+def test_what_may_match_nothing(base):
+    for item in (
+        {"match": "absent", "optional": True},
+        {"match": "decoder.layers[9]", "optional": True},
+        {"match": "absent", "expect": 0},
+        {"match": "!absent", "expect": 0},
+    ):
+        assert ckptsurg.plan({"version": 1, "freeze": ["fc", item]}, base).counts["frozen"] == 2
+    with pytest.raises(ckptsurg.SpecError, match="selects 2 tensors, expected 0"):
+        ckptsurg.plan({"version": 1, "freeze": [{"match": "fc", "expect": 0}]}, base)
+
+
 def test_lines_of_a_json_spec(base, tmp_path):
     (tmp_path / "spec.json").write_text('{\n  "version": 1,\n\t"freeze": [\n    "**",\n    "!fcc"\n  ]\n}\n')
     with pytest.raises(ckptsurg.SpecError, match=r'spec\.json:5: freeze\[1\]: "!fcc" matches nothing; nearest: !fc'):

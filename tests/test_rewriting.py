@@ -198,6 +198,16 @@ def test_config_is_edited(sharded, tmp_path):
     assert edited == {"model_type": "x", "num_labels": 5, "text_config": {"vocab_size": 32100}}
 
 
+def test_config_edits_have_no_order(sharded):
+    config = {"set": {"t.v": 2, "t": {"q": 1}}}
+    with pytest.raises(ckptsurg.SpecError, match=r"config\.set\.t\.v: t is set too, as a whole"):
+        ckptsurg.plan(PLAIN | {"config": config}, sharded)
+    with pytest.raises(ckptsurg.SpecError, match="num_labels is set and unset"):
+        ckptsurg.plan(PLAIN | {"config": {"set": {"num_labels": 1}, "unset": ["num_labels"]}}, sharded)
+    with pytest.raises(ckptsurg.SpecError, match="a part of the path is no object"):
+        ckptsurg.plan(PLAIN | {"config": {"set": {"model_type.x": 1}}}, sharded)
+
+
 def test_config_edits_need_a_config(single, sharded, tmp_path):
     spec = PLAIN | {"config": {"set": {"a": 1}}}
     with pytest.raises(ckptsurg.SpecError, match=r"config: the base is a lone file and has no config\.json"):
@@ -279,6 +289,20 @@ def test_a_manifest_replaces_nothing_but_a_manifest(single, sharded, tmp_path):
     assert _contents(tmp_path) == before
     ckptsurg.write_manifest(manifest, tmp_path / "m.json")
     ckptsurg.write_manifest(manifest, tmp_path / "m.json", overwrite=True)
+
+
+def test_a_stale_manifest_is_not_left_beside_other_weights(single, tmp_path):
+    ckptsurg.rewrite(SPEC, single, tmp_path / "out.safetensors")
+    (tmp_path / "out.safetensors").unlink()
+    _refused(r"out\.freeze\.json: exists already", single, tmp_path / "out.safetensors", manifest=tmp_path / "m.json")
+    ckptsurg.rewrite(PLAIN, single, tmp_path / "out.safetensors", manifest=tmp_path / "m.json", overwrite=True)
+    assert not (tmp_path / "out.freeze.json").exists()
+
+
+def test_a_pipe_is_no_place_for_a_manifest(single, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ckptsurg.UsageError, match="is no manifest of ckptsurg"):
+        ckptsurg.rewrite(PLAIN, single, tmp_path / "out", manifest=tmp_path / "pipe", overwrite=True)
 
 
 def test_an_output_is_no_link(single, tmp_path):

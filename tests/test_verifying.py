@@ -202,6 +202,24 @@ def test_a_map_of_names(published):
         _verify(published, change, names={"trunk.second.weight": "body.0.weight"})
 
 
+def test_one_tensor_proves_one_other():
+    tensor = torch.ones(2)
+    manifest = ckptsurg.make_manifest("**", {"module.x.w": tensor, "x.module.w": tensor.clone()})
+    report = ckptsurg.verify(manifest, {"x.w": tensor})
+    assert not report.ok and report.verified == 1
+
+
+@pytest.mark.parametrize("wrapped", ["module.model.{}", "model._orig_mod.{}", "module.model.module.{}"])
+def test_a_prefix_under_wrappers(published, wrapped):
+    def change(tensors):
+        del tensors["lm_head.weight"]
+        return {wrapped.format(name): tensor for name, tensor in tensors.items()}
+
+    with pytest.raises(ckptsurg.FrozenWeightsChanged, match=r"verify with --prefix model\."):
+        _verify(published, change).raise_if_changed()
+    assert _verify(published, change, prefix="model.").ok
+
+
 def test_names_that_collide_are_refused(published):
     def change(tensors):
         tensors["model.steps"] = tensors["steps"].clone()

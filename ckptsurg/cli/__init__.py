@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 import click
@@ -19,6 +22,9 @@ _SYSTEM_FAILED = 4
 
 def main() -> NoReturn:
     """Run the command line and exit."""
+    # A stream that the caller closed is None, and the next file opened would take its number.
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115 - open to the end
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115 - likewise
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGHUP, _terminate)
     # A command ends soon, and what it builds (100,000 tensors' headers) has no cycles worth a search.
@@ -33,7 +39,7 @@ def _terminate(number: int, _: object) -> NoReturn:
 
 def _run() -> int:
     """The one place where errors become messages and exit codes."""
-    from .commands import cli
+    from .commands import ReaderGone, cli
 
     try:
         code = cli.main(prog_name="ckptsurg", standalone_mode=False)
@@ -41,13 +47,15 @@ def _run() -> int:
     except CkptsurgError as error:
         return _complain(str(error), error.hint, error.exit_code)
     except click.ClickException as error:
-        error.show()
+        with suppress(OSError):
+            error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         return _INTERRUPTED
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader has gone; nobody is left to complain to
+    except (ReaderGone, BrokenPipeError):
+        # Nobody is left to complain to, and the interpreter must not try to flush on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _SYSTEM_FAILED
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
@@ -58,7 +66,9 @@ def _run() -> int:
 
 
 def _complain(message: str, hint: str | None, code: int) -> int:
-    click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
-    if hint:
-        click.echo(f"{click.style('hint:', fg='cyan')} {hint}", err=True)
+    colour = False if os.environ.get("NO_COLOR") else None
+    with suppress(OSError):  # where the message cannot be written, the code must still be right
+        click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True, color=colour)
+        if hint:
+            click.echo(f"{click.style('hint:', fg='cyan')} {hint}", err=True, color=colour)
     return code

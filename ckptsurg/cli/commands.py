@@ -12,7 +12,7 @@ import click
 if TYPE_CHECKING:
     from ..documents import Document
 
-__all__ = ["cli"]
+__all__ = ["ReaderGone", "cli"]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -32,17 +32,29 @@ _digest = click.option(
 _overwrite = click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class ReaderGone(Exception):
+    """Nobody reads standard output any more. Click would exit with 1, which is what a difference exits with."""
+
+
+class _Commands(click.Group):
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except BrokenPipeError:
+            raise ReaderGone from None
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="ckptsurg", message="%(prog)s %(version)s")
 def cli() -> None:
-    r"""Declarative surgery on model checkpoints, with proof that frozen weights stayed frozen.
+    """Declarative surgery on model checkpoints, with proof that frozen weights stayed frozen.
 
     A checkpoint (CKPT) is a .safetensors file, a model folder, or the index of a sharded checkpoint.
 
     \b
     Exit codes: 0 done, or identical; 1 verify or diff found a difference; 2 bad usage, spec or manifest;
     3 a checkpoint that is malformed; 4 the system failed; 130 interrupted.
-    """
+    """  # noqa: D301 - \b is click's mark for lines that stay as they are
     logging.basicConfig(format="%(message)s")
     logging.getLogger("ckptsurg").setLevel(logging.INFO)
 
@@ -72,14 +84,14 @@ def inspect(ckpt: Path, patterns: tuple[str, ...], as_json: bool) -> None:
 @_json
 def plan(spec: Path, ckpt: Path, as_json: bool) -> None:
     """Show what a rewrite would do. Only headers are read, nothing is written."""
-    from ..api import load_spec, plan
+    from ..api import plan_with_spec
     from . import rendering
 
-    result = plan(spec, ckpt)
+    loaded, result = plan_with_spec(spec, ckpt)
     if as_json:
         _print_document(result)
     else:
-        rendering.show_plan(load_spec(spec), result)
+        rendering.show_plan(loaded, result)
 
 
 @cli.command()

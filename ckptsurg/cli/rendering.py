@@ -166,11 +166,10 @@ def show_manifest(manifest: Manifest, out: Path | None, manifest_at: Path | None
     )
     console = _console()
     if out is not None:
-        console.print(f"published    {shown(out)}  {counted(len(manifest.tensors))}, {size(total)}: {said}")
-    else:
-        console.print(f"described    {counted(len(manifest.tensors))}, {size(total)}: {said}")
+        console.print(f"published    {shown(out)}", soft_wrap=True)
+    console.print(f"tensors      {counted(len(manifest.tensors))}, {size(total)}: {said}")
     place = manifest_at or (manifest_path(out) if out is not None else None)
-    console.print(f"manifest     {shown(place)}")
+    console.print(f"manifest     {shown(place)}", soft_wrap=True)
     console.print(f"root         {manifest.root}", soft_wrap=True)
     console.print(f"frozen_root  {manifest.frozen_root}", soft_wrap=True)
 
@@ -183,7 +182,9 @@ def show_report(report: Report, *, exact: bool) -> None:
 
     console = _console()
     drifted = [difference for difference in report.drifted if difference.verdict != "dtype_only" or not report.ok]
-    if not report.drifted:
+    if not report.drifted and not report.ok:
+        head = f"{counted(report.verified, 'frozen tensor')} verified, but there are others than the manifest's"
+    elif not report.drifted:
         head = f"{counted(report.verified, 'frozen tensor')} verified: every one has its bits"
     elif report.ok:
         head = f"{counted(report.verified, 'frozen tensor')} verified, {len(report.drifted):,} in a wider dtype"
@@ -196,7 +197,10 @@ def show_report(report: Report, *, exact: bool) -> None:
     )
     if report.drifted:
         console.print(_differences(report.drifted))
-    for hint in sorted({difference.hint for difference in drifted if difference.hint}):
+    hints = {difference.hint for difference in drifted if difference.hint}
+    if any(difference.verdict == "changed" and difference.detail is None for difference in drifted):
+        hints.add("--baseline CKPT, the published output, shows where tensors differ and by how much")
+    for hint in sorted(hints):
         console.print(f"hint: {hint}", soft_wrap=True)
     for names, what in ((report.extra, "not in the manifest"), (report.missing_trainable, "trainable, and missing")):
         if names:

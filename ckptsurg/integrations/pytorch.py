@@ -75,7 +75,7 @@ def freeze(
         shown_problems = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise FreezeError(
             "\n  ".join([f"the model ({type(model).__name__}) cannot be frozen:", *shown_problems]),
-            hint="load the published weights into the model, then freeze it",
+            hint="load the published weights first; where the model has other names than the file, give `names`",
         )
     if unknown:
         message = f"left as they are, the manifest lacks them: {enumerate_names(unknown)}"
@@ -199,6 +199,7 @@ class _StaysInEvaluation:
     def __call__(self, mode: bool = True) -> nn.Module:
         method = self.replaced or type(self.module).train.__get__(self.module)
         method(mode)
+        self.was_training = mode  # what a release gives back
         self.module.training = False
         return self.module
 
@@ -213,9 +214,9 @@ def _moves_in_training(module: nn.Module) -> bool:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Found:
-    """What a parameter was like before the freeze."""
+    """What a tensor was like before the freeze."""
 
-    parameter: nn.Parameter
+    tensor: torch.Tensor
     requires_grad: bool
     grad: torch.Tensor | None
 
@@ -235,16 +236,15 @@ class FrozenModel:
         self._number = next(_NUMBERS)
         self._found: list[_Found] = []
         self._held: list[_StaysInEvaluation] = []
-        buffers: set[int] = set()
+        frozen: set[int] = set()
         for _, tensor in self.frozen_tensors():
-            if isinstance(tensor, nn.Parameter):
+            if tensor.is_leaf:
                 self._found.append(_Found(tensor, tensor.requires_grad, tensor.grad))
                 tensor.requires_grad_(False)
                 tensor.grad = None
-            else:
-                buffers.add(id(tensor))
+            frozen.add(id(tensor))
         for module in model.modules():
-            if _moves_in_training(module) and any(id(buffer) in buffers for buffer in module._buffers.values()):
+            if _moves_in_training(module) and any(id(buffer) in frozen for buffer in module._buffers.values()):
                 self._held.append(_StaysInEvaluation(module))
                 self._held[-1].hold()
         _FREEZES.setdefault(model, weakref.WeakSet()).add(self)
@@ -288,9 +288,13 @@ class FrozenModel:
         return Guard(self, optimizer, every)
 
     def moving_modules(self) -> list[str]:
-        """Norm layers with frozen statistics that something put back into training mode."""
-        held = {id(hold.module) for hold in self._held}
-        return [name for name, module in self.model.named_modules() if id(module) in held and module.training]
+        """Norm layers with frozen statistics that are in training mode now."""
+        frozen = {id(tensor) for _, tensor in self.frozen_tensors()}
+        return [
+            name
+            for name, module in self.model.named_modules()
+            if module.training and _moves_in_training(module) and any(id(b) in frozen for b in module._buffers.values())
+        ]
 
     def release(self) -> None:
         """Give the model back as it was found; its weights stay as they are.
@@ -298,18 +302,18 @@ class FrozenModel:
         What another freeze of the model holds too stays frozen until that one is released.
         """
         _FREEZES[self.model].discard(self)
-        others = {id(found.parameter): (other, found) for other in _FREEZES[self.model] for found in other._found}
+        others = {id(found.tensor): (other, found) for other in _FREEZES[self.model] for found in other._found}
         for hold in reversed(self._held):
             hold.release()
         for found in self._found:
-            if id(found.parameter) in others:
-                other, theirs = others[id(found.parameter)]
+            if id(found.tensor) in others:
+                other, theirs = others[id(found.tensor)]
                 if other._number > self._number:  # it found what this freeze had made of the parameter
                     other._found[other._found.index(theirs)] = found
                 continue
-            found.parameter.requires_grad_(found.requires_grad)
-            if found.parameter.grad is None:
-                found.parameter.grad = found.grad
+            found.tensor.requires_grad_(found.requires_grad)
+            if found.tensor.grad is None:
+                found.tensor.grad = found.grad
         self._held, self._found = [], []
 
 
@@ -327,8 +331,8 @@ class Guard:
     """
 
     def __init__(self, frozen: FrozenModel, optimizer: torch.optim.Optimizer, every: int | None = None) -> None:
-        if every is not None and every < 1:
-            raise UsageError(f"every: expected at least 1, found {every}")
+        if every is not None and (type(every) is not int or every < 1):
+            raise UsageError(f"every: expected a whole number from 1, found {shown(every, 40)}")
         self._frozen, self._every = frozen, every
         self.steps = 0
         self.seconds = 0.0
@@ -351,9 +355,9 @@ class Guard:
         """Refuse a step that would move a frozen tensor."""
         reenabled, with_gradient = [], []
         for name, tensor in self._frozen.frozen_tensors():
-            if tensor.requires_grad:
+            if tensor.requires_grad and tensor.is_leaf:
                 reenabled.append(name)
-            elif tensor.grad is not None:
+            elif tensor.is_leaf and tensor.grad is not None:
                 with_gradient.append(name)
         if reenabled:
             raise FrozenWeightsChanged(
@@ -388,6 +392,8 @@ class Guard:
         self._handles = []
 
     def __enter__(self) -> Self:
+        if not self._handles:
+            raise UsageError("the guard was removed; ask the frozen model for another")
         return self
 
     def __exit__(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import FreezeError
@@ -41,7 +42,9 @@ class TorchTensors:
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         return {
-            name: TensorInfo(_DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+            name: TensorInfo("lazy", ())
+            if is_lazy(tensor)
+            else TensorInfo(_DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
             for name, tensor in self._given.items()
         }
 
@@ -60,6 +63,8 @@ class TorchTensors:
 
 def unreadable(tensor: torch.Tensor) -> str | None:
     """Why a tensor has no bytes to compare; None if it has."""
+    if is_lazy(tensor):
+        return "is lazy: it has no shape yet; run a forward pass first"
     if tensor.is_meta:
         return "is on the meta device: it has no values yet; load the weights first"
     if tensor.is_quantized:
