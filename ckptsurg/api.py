@@ -26,7 +26,7 @@ from .coercing import (
     checkpoint_of,
     tensors_of,
 )
-from .config import edited_config
+from .config import CONFIG_NAME, edited_config
 from .describing import describe
 from .errors import DocumentError, Problem, SpecError, UsageError, system_failures
 from .formats.folder import companions
@@ -39,7 +39,7 @@ from .publishing import publish_manifest
 from .renaming import Renaming
 from .report import DiffReport, Report
 from .spec import Spec, load_spec
-from .wording import shown
+from .wording import enumerate_names, shown
 
 if TYPE_CHECKING:
     import torch
@@ -329,4 +329,8 @@ def _plan(spec: Spec, base: Checkpoint) -> tuple[Plan, bytes | None]:
         raise SpecError(spec.label, [*error.problems, *problems]) from None
     if problems:
         raise SpecError(spec.label, problems)
-    return planned.model_copy(update={"notes": (*planned.notes, *base.warnings, *config[1])}), config[0]
+    notes = [*planned.notes, *base.warnings, *config[1]]
+    resized = [t.name for t in planned.output if t.action == "reinit" and t.shape != base.tensors[t.name].shape]
+    if resized and spec.config is None and base.folder is not None and (base.folder / CONFIG_NAME).exists():
+        notes.append(f"{enumerate_names(resized, 2)}: a new shape, and {CONFIG_NAME} stays as it is; see `config`")
+    return planned.model_copy(update={"notes": tuple(notes)}), config[0]

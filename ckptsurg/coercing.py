@@ -95,7 +95,13 @@ def _is_file(text: str) -> bool:
 
 
 def as_manifest(given: ManifestLike) -> Manifest:
-    return given if isinstance(given, Manifest) else load_manifest(as_path(given))
+    if isinstance(given, Manifest):
+        return given
+    if not isinstance(given, str | os.PathLike):
+        kind = shown(type(given).__name__)
+        hint = "make_manifest(patterns, model) makes one"
+        raise UsageError(f"expected a manifest or its path, found {kind}", hint=hint)
+    return load_manifest(as_path(given))
 
 
 @contextmanager
@@ -120,7 +126,9 @@ def tensors_of(given: TensorsLike) -> Iterator[TensorSource]:
         from .integrations.torch_tensors import TorchTensors
 
         if odd := [name for name, value in given.items() if not isinstance(value, torch.Tensor)]:
-            raise UsageError(f'"{shown(odd[0])}" of the state dict is a {type(given[odd[0]]).__name__}, not a tensor')
+            message = f'"{shown(odd[0])}" of the state dict is a {type(given[odd[0]]).__name__}, not a tensor'
+            inside = next((name for name in ("state_dict", "model") if isinstance(given.get(name), Mapping)), None)
+            raise UsageError(message, hint=f'give what is inside: checkpoint["{inside}"]' if inside else None)
         yield TorchTensors(given, "the state dict")
     elif isinstance(given, str | os.PathLike):
         with open_checkpoint(as_path(given)) as opened:

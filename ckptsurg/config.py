@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,13 @@ def edited_config(spec: Spec, folder: Path | None) -> tuple[bytes | None, list[s
     for position, path in enumerate(spec.config.unset):
         parent, key = _parent(config, path, create=False)
         if parent is None or key not in parent:
-            notes.append(f"config.unset: config.json has no {shown(path)}")
+            notes += _near_miss("unset", path, config)
         else:
             del parent[key]
         if path in spec.config.set:
             problems.append(spec.problem(("config", "unset", position), f"{shown(path)} is set and unset"))
     for path, value in spec.config.set.items():
+        notes += [] if path in config or "." in path else _near_miss("set", path, config)
         parent, key = _parent(config, path, create=True)
         if parent is None:
             problems.append(spec.problem(("config", "set", path), f"{shown(path)}: a part of the path is no object"))
@@ -77,6 +79,12 @@ def _read(path: Path) -> dict[str, Any] | None:
     if not isinstance(config, dict):
         raise CheckpointError(f"{shown(path)}: expected an object")
     return config
+
+
+def _near_miss(edit: str, path: str, config: dict[str, Any]) -> list[str]:
+    """A key that config.json lacks is no error, but one that looks like a key it has is likely a slip."""
+    near = difflib.get_close_matches(path, config, n=1, cutoff=0.8)
+    return [f"config.{edit}: config.json has no {shown(path)}, but {shown(near[0])}"] if near else []
 
 
 def _parent(config: dict[str, Any], path: str, *, create: bool) -> tuple[dict[str, Any] | None, str]:

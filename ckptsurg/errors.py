@@ -42,6 +42,7 @@ class CkptsurgError(Exception):
 
     Attributes:
         exit_code: What the command line exits with.
+        message: What is wrong.
         hint: The next step for the user, or None.
     """
 
@@ -49,7 +50,10 @@ class CkptsurgError(Exception):
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
-        self.hint = hint
+        self.message, self.hint = message, hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message} (hint: {self.hint})"
 
 
 class UsageError(CkptsurgError):

@@ -39,6 +39,11 @@ _OTHER_FORMATS: tuple[tuple[re.Pattern[bytes], str, str | None], ...] = (
     (re.compile(rb"\x89HDF\r\n"), "an HDF5 file, such as Keras writes", None),
     (re.compile(rb"\s*<(!doctype\s+)?html", re.IGNORECASE), "an HTML page", _PAGE_HINT),
     (re.compile(rb"\s*<[?]xml", re.IGNORECASE), "an XML document", _PAGE_HINT),
+    (
+        re.compile(rb"[\t\n\r\x20-\x7e]{8}"),
+        "a text file",
+        "a checkpoint comes after SPEC or MANIFEST",
+    ),
 )
 
 

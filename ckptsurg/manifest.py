@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, StringConstraints, with_con
 from typing_extensions import TypedDict
 
 from .documents import Document, Model, canonical_json
-from .errors import ManifestError, Problem, system_failures
+from .errors import ManifestError, Problem, UsageError, system_failures
 from .parsing import Text, parse_json, read_bytes
 from .tensors import DTYPE_BITS, TensorInfo, algorithm_of, digest_of
 from .wording import enumerate_names, shown
@@ -223,14 +223,18 @@ def load_manifest(path: str | Path) -> Manifest:
     path = Path(path)
     with system_failures(shown(path)):
         if path.is_dir() or is_file_output(path):
-            path = manifest_path(path)
+            output, path = path, manifest_path(path)
+            if not path.exists():
+                raise UsageError(f"{shown(path)}: no such file: {shown(output)} has no manifest")
     raw, label = read_bytes(path, MAX_MANIFEST_BYTES, ManifestError), shown(path)
     try:
         text = Text(label, parse_json(raw.decode("utf-8"), floats=False))
     except UnicodeDecodeError as failure:
         raise ManifestError(label, [Problem("", f"not UTF-8: byte {failure.start:,}")]) from None
     except ValueError as failure:
-        raise ManifestError(label, [Problem("", str(failure))]) from None
+        raise ManifestError(label, [Problem("", f"not a manifest: {failure}")]) from None
+    if isinstance(text.data, dict) and "frozen_root" not in text.data:
+        raise ManifestError(label, [Problem("", "not a manifest of ckptsurg: it has no frozen_root")])
     manifest = Manifest.from_text(text)
     problems = list(_contradictions(manifest))
     if problems:

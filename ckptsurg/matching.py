@@ -229,6 +229,17 @@ class Names:
             found += _close(pattern, list(self.names[:5000]))
         return list(dict.fromkeys(found))[:limit]
 
+    def choices(self, pattern: str, limit: int = 6) -> list[str]:
+        """What stands where a pattern stops to match: the segments that it could go on with."""
+        try:
+            steps = parse(pattern)
+        except PatternError:
+            return []
+        for length in range(len(steps) - 1, -1, -1):
+            if children := self._children(steps[:length]):
+                return children[:limit] + (["…"] if len(children) > limit else [])
+        return []
+
     def _children(self, steps: Sequence[Step]) -> list[str]:
         """The segments that follow where the steps match, in the order of the names."""
         try:

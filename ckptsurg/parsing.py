@@ -222,8 +222,8 @@ _CONSTANTS = {
 #: Tokens that YAML takes for tags, aliases or lists although a pattern was meant.
 _WORD = r"[^\s,\[\]{}\"'#]"
 _UNQUOTED = re.compile(
-    rf"(?P<before>^|[\s,\[{{])(?P<token>(?:[!*&]{_WORD}*|[^-\s,\[\]{{}}\"'#!*&]{_WORD}*(?=\[[-0-9]*:))(?:\[[-0-9:]*\]{_WORD}*)*"
-    r"|\[-?[0-9]*:[-0-9:]*\])"
+    rf"(?P<before>^|[\s,\[{{])(?P<token>(?:[!*&]{_WORD}*|[^-\s,\[\]{{}}\"'#!*&]{_WORD}*(?=\[-?[0-9]*[\]:]))(?:\[[-0-9:]*\]{_WORD}*)*"
+    rf"|\[-?[0-9]*:[-0-9:]*\]|\{{[^{{}}\s:]*\}}{_WORD}+)"
 )
 
 

@@ -43,16 +43,17 @@ def plan(spec: Spec, source: TensorSource) -> Plan:
     fates = _Fates(findings, space)
     draws = _Draws(findings, left, fates.owners)
     planned = {name: _copied(name, info, fates) for name, info in left.items() if name not in fates.owners}
-    planned |= {name: _drawn(name, spec, rule, draws) for name, rule in fates.owners.items()}
+    planned |= {name: _drawn(name, left[name], spec, rule, draws) for name, rule in fates.owners.items()}
     planned |= {name: _dropped(name, base[name], rule) for name, rule in dropped.items()}
     added = _added(findings, left, draws)
+    draws.report_refusals()
     output = [planned[name] for name in left] + added
     if not output and not findings.problems:
         findings.add(("drop",), "drops every tensor: nothing would be left")
     if findings.problems:
         raise SpecError(spec.label, findings.problems)
     tensors = [planned[name] for name in base] + added
-    notes = (*findings.notes, *_odd_outcomes(output))
+    notes = (*findings.notes, *_odd_outcomes(output), *_odd_shapes(output, base))
     return Plan(version=1, counts=_counts(tensors), tensors=tuple(tensors), notes=notes, seed=spec.seed)
 
 
@@ -153,9 +154,13 @@ class _Fates:
             return
         drawn = owner >= 0
         if (both := freeze.mask & train.mask & ~drawn).any():
-            decider = self._decider("train", train, both)
-            remedy = f'add "!{shown(spec.train[decider[1]].match)}" to freeze'
-            self._claimed_twice(both, self._decider("freeze", freeze, both), decider, remedy)
+            held, thawed = self._decider("freeze", freeze, both), self._decider("train", train, both)
+            # The wider of the two gives way.
+            if freeze.mask.sum() < train.mask.sum():
+                remedy = f'add "!{shown(spec.freeze[held[1]].match)}" to train'
+            else:
+                remedy = f'add "!{shown(spec.train[thawed[1]].match)}" to freeze'
+            self._claimed_twice(both, held, thawed, remedy)
         if (neither := ~(freeze.mask | train.mask | drawn)).any():
             names = [self._space.names.names[index] for index in np.flatnonzero(neither).tolist()]
             message = f"in neither freeze nor train: {enumerate_names(names, 3)}; with both keys every tensor is in one"
@@ -180,6 +185,7 @@ class _Draws:
             for name, rule in owners.items()
         }
         added = {rule.name: TensorInfo(rule.dtype, rule.shape) for rule in spec.add}
+        self._refused: dict[tuple[Place, str], list[str]] = defaultdict(list)
         self._modules: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
         rules: tuple[ReinitRule | AddRule, ...] = (*spec.reinit, *spec.add)
         if any(rule.init.name == "default" for rule in rules):
@@ -223,8 +229,13 @@ class _Draws:
             if leaf == "num_batches_tracked" and init.name == "zeros":  # an integer, but a counter that begins at zero
                 return init
         if reason := refusal(init, info):
-            self._findings.add(place, f"{shown(name)}: {reason}")
+            self._refused[place, reason].append(name)
         return init
+
+    def report_refusals(self) -> None:
+        """Report what cannot be drawn, once for each rule and reason."""
+        for (place, reason), names in self._refused.items():
+            self._findings.add(place, f"{enumerate_names(names, 3)}: {reason}")
 
 
 def _copied(name: str, info: TensorInfo, fates: _Fates) -> PlannedTensor:
@@ -236,7 +247,7 @@ def _dropped(name: str, info: TensorInfo, rule: str | None) -> PlannedTensor:
     return PlannedTensor(name=name, action="drop", frozen=False, dtype=info.dtype, shape=info.shape, rule=rule)
 
 
-def _drawn(name: str, spec: Spec, position: int, draws: _Draws) -> PlannedTensor:
+def _drawn(name: str, old: TensorInfo, spec: Spec, position: int, draws: _Draws) -> PlannedTensor:
     rule, info = spec.reinit[position], draws.shapes[name]
     init = draws.resolved(name, info, rule.init, ("reinit", position, "init"))
     return PlannedTensor(
@@ -248,6 +259,7 @@ def _drawn(name: str, spec: Spec, position: int, draws: _Draws) -> PlannedTensor
         rule=spec.written(("reinit", position)),
         init=init,
         keep=rule.keep,
+        old_shape=old.shape,
     )
 
 
@@ -275,6 +287,16 @@ def _added(findings: _Findings, left: Mapping[str, TensorInfo], draws: _Draws) -
             init=init,
         )
     return list(added.values())
+
+
+def _odd_shapes(output: Sequence[PlannedTensor], base: Mapping[str, TensorInfo]) -> list[str]:
+    """A whole list as the shape of a module gives all its tensors that shape."""
+    return [
+        f"{tensor.rule}: {shown(tensor.name)} changes from {len(base[tensor.name].shape)} to "
+        f"{counted(len(tensor.shape), 'dimension')}; {{0: {tensor.shape[0]}}} sets one size and keeps the others"
+        for tensor in output
+        if tensor.action == "reinit" and tensor.shape and len(tensor.shape) != len(base[tensor.name].shape)
+    ][:5]
 
 
 def _odd_outcomes(output: Sequence[PlannedTensor]) -> list[str]:

@@ -28,6 +28,7 @@ class PlannedTensor(Model):
         rule: Where in the spec this was decided; None where no rule speaks of it.
         init: What is drawn, with ``default`` written out.
         keep: Whether the part that overlaps the old tensor keeps its bits.
+        old_shape: The base's shape of a reinitialised tensor.
     """
 
     name: str
@@ -38,6 +39,7 @@ class PlannedTensor(Model):
     rule: str | None
     init: Init | None = None
     keep: bool = False
+    old_shape: tuple[int, ...] | None = None
 
     @property
     def info(self) -> TensorInfo:

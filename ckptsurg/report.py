@@ -8,7 +8,7 @@ from pydantic import Field
 
 from .documents import Document, Model
 from .errors import FrozenWeightsChanged
-from .wording import counted, shown
+from .wording import counted, enumerate_names, shown
 
 __all__ = ["Detail", "DiffReport", "Difference", "Report", "Verdict"]
 
@@ -55,9 +55,12 @@ class Difference(Model):
     def describe_detail(self) -> str:
         """The detail in words; empty where there is none."""
         if isinstance(self.detail, Detail):
-            largest = self.detail.max_abs_diff
-            place = f"{counted(self.detail.elements_changed, 'element')}, first at {list(self.detail.first_index)}"
-            return place if largest is None else f"{place}, largest difference {largest:.6g}"
+            parts = [counted(self.detail.elements_changed, "element")]
+            if self.detail.max_abs_diff is not None:
+                parts.append(f"by up to {self.detail.max_abs_diff:.6g}")
+            if self.detail.first_index:
+                parts.append(f"first at {list(self.detail.first_index)}")
+            return ", ".join(parts)
         if self.detail and "expected" in self.detail:
             return f"expected {self.detail['expected']}, found {self.detail['found']}"
         return ""
@@ -98,6 +101,10 @@ class Report(Document):
     drifted: tuple[Difference, ...] = ()
     extra: tuple[str, ...] = ()
     missing_trainable: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        drifted = enumerate_names(difference.name for difference in self.drifted)
+        return f"Report(ok={self.ok}, verified={self.verified}, drifted=[{drifted}])"
 
     def raise_if_changed(self) -> None:
         """Raise FrozenWeightsChanged, naming every tensor, if the report is not ``ok``."""

@@ -163,6 +163,8 @@ def _explain_alternative(
             f"{shown(embeddings)} stands for both"
         )
     nearest = [f"{sign}{shown(name)}" for name in space.names.nearest(alternative)]
+    if not nearest and (choices := [shown(segment) for segment in space.names.choices(alternative)]):
+        return f"{message}; at that place there are: {', '.join(choices)}"
     return message + ("; nearest: " + ", ".join(nearest) if nearest else "")
 
 

@@ -92,7 +92,7 @@ def _shape(value: object) -> object:
     if isinstance(value, list):
         return tuple(value)
     if not isinstance(value, dict):
-        return value
+        raise fail(f"expected new sizes, {{0: 10}} or a whole list, found {shown(value, 40)}")
     sizes: dict[object, object] = {}
     for key, size in value.items():
         dimension = int(key) if isinstance(key, str) and key.lstrip("-").isdecimal() and len(key) < 10 else key

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import NoReturn
 
+from .causes import with_causes
 from .comparing import compare, is_wider, narrowed_digest, same_bits
 from .errors import CheckpointError, UsageError
 from .manifest import Manifest, TensorRecord
@@ -71,7 +72,7 @@ def verify(
             difference = before.locate(difference, record, trained, partner)
         if difference is not None:
             drifted.append(difference)
-    drifted = _without_absent_twins(manifest, drifted)
+    drifted = with_causes(_without_absent_twins(manifest, drifted), manifest.tensors)
     if not any(name in partners for name in frozen):
         drifted = _with_prefix_hint(manifest, drifted, given)
     taken = set(partners.values())

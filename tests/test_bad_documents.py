@@ -435,7 +435,7 @@ DAMAGE = {
     "version-true": (put("version", value=True), "version: "),
     "unknown-key": (put("froots", value=1), 'unknown key "froots"'),
     "unknown-key-of-a-tensor": (put("tensors", "fc.weight", "frozn", value=True), 'unknown key "frozn"'),
-    "key-missing": (remove("frozen_root"), '"frozen_root" is missing'),
+    "key-missing": (remove("frozen_root"), "not a manifest of ckptsurg: it has no frozen_root"),
     "key-of-a-tensor-missing": (remove("tensors", "fc.weight", "frozen"), '"frozen" is missing'),
     "tensors-list": (put("tensors", value=[]), "tensors: expected keys and values"),
     "digest-null": (put("tensors", "fc.weight", "digest", value=None), "digest"),

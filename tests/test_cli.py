@@ -96,7 +96,25 @@ def test_verify_says_what_drifted(folder):
     assert "28 frozen tensors verified" in run(folder, "verify", "out/freeze.json", "trained.safetensors").stdout
     text = run(folder, "verify", "out/freeze.json", "moved.safetensors", "--baseline", "out", code=1).stdout
     assert text.startswith("FAILED") and "1 frozen tensor drifted, 27 verified" in text
-    assert "bn.running_mean  changed" in text and "8 elements, first at [0], largest difference 1" in text
+    assert "bn.running_mean  changed  batchnorm_stats  8 elements, by up to 1, first at [0]" in text
+    assert "batchnorm_stats: running statistics are buffers" in text and "ckptsurg.freeze keeps the layer" in text
+    other = run(folder, "verify", "out/freeze.json", "base.safetensors", code=0).stdout
+    assert "2 not in the manifest" not in other
+
+
+def test_verify_of_another_model_is_one_line(folder):
+    save_file({"x": torch.zeros(2)}, folder / "other.safetensors")
+    text = run(folder, "verify", "out/freeze.json", "other.safetensors", code=1).stdout
+    assert text.splitlines()[0] == (
+        "FAILED none of the manifest's 28 frozen tensors is there: is it this model's manifest?"
+    )
+    assert len(text.splitlines()) <= 4
+
+
+def test_plan_shows_what_is_drawn(folder):
+    text = run(folder, "plan", "spec.yaml", "base.safetensors").stdout
+    assert "fc.weight  [5, 8] -> F32 [2, 8]  kaiming_uniform(a=2.23607, mode=fan_in" in text
+    assert "score.weight  BF16 [2, 2]  zeros()" in text
 
 
 def test_diff_says_what_differs(folder):
@@ -143,7 +161,7 @@ def test_json_of_manifest_and_rewrite_is_what_is_written(folder):
 
 def test_json_of_verify_and_diff(folder):
     document = _json(run(folder, "verify", "out/freeze.json", "moved.safetensors", "--json", code=1))
-    drifted = [{"name": "bn.running_mean", "verdict": "changed", "cause": None, "detail": None}]
+    drifted = [{"name": "bn.running_mean", "verdict": "changed", "cause": "batchnorm_stats", "detail": None}]
     assert document == {
         "version": 1,
         "ok": False,

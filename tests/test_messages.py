@@ -107,6 +107,35 @@ TYPOS = {
         "spec.yaml:3: reinit[0].init: embed_tokens.weight F32 [8, 4]: `default` cannot tell a Linear from an "
         "Embedding; write init: {default: Linear} or init: {default: Embedding}",
     ),
+    "nothing near": (
+        "version: 1\ndrop: zzz\n",
+        'spec.yaml:2: drop: "zzz" matches nothing; at that place there are: '
+        "step, conv1, decoder, embed_tokens, fc, layer1, …",
+    ),
+    "an unquoted index": (
+        "version: 1\nfreeze: [decoder.layers[1]]\n",
+        "spec.yaml:2: not YAML: did not find expected ',' or ']'; quote patterns, "
+        'type: freeze: ["decoder.layers[1]"]',
+    ),
+    "unquoted braces": (
+        "version: 1\nfreeze: {q,v}_proj\n",
+        'spec.yaml:2: not YAML: did not find expected key; quote patterns, type: freeze: "{q,v}_proj"',
+    ),
+    "a shape that is a number": (
+        "version: 1\nreinit:\n  - {match: fc, shape: 10, init: zeros}\n",
+        "spec.yaml:3: reinit[0].shape: expected new sizes, {0: 10} or a whole list, found 10",
+    ),
+    "a wide claim": (
+        'version: 1\nfreeze: ["**"]\ntrain: [fc]\n',
+        'spec.yaml:3: train[0]: freeze[0] and train[0] both claim fc.bias, fc.weight; add "!fc" to freeze',
+    ),
+    "a narrow claim": (
+        "version: 1\nfreeze: [layer4.0.bn]\ntrain: [layer4]\n",
+        "spec.yaml:3: train[0]: freeze[0] and train[0] both claim layer4.0.bn.bias; "
+        'add "!layer4.0.bn" to train\n'
+        "spec.yaml:3: train: in neither freeze nor train: step, conv1.weight, "
+        "decoder.layers.0.weight and 20 more; with both keys every tensor is in one",
+    ),
     "a tied head": (
         'version: 1\nfreeze: ["**", "!lm_head"]\n',
         'spec.yaml:2: freeze[1]: "!lm_head" matches nothing: the checkpoint has no such tensor; where a model ties '
@@ -157,8 +186,8 @@ def test_all_problems_are_reported_at_once(base, tmp_path):
         "freeze[1]",
         "reinit[1].match",
         "reinit[0]",
-        "reinit[0].init",
         "add[0].name",
+        "reinit[0].init",
         "add[0].init",
     ]
 
@@ -186,6 +215,26 @@ def test_notes_on_likely_slips(base):
         'freeze: "*.bias" selects 1 tensor; "**.bias" would select 9',
     )
     assert ckptsurg.plan({"version": 1}, base).notes == ("nothing is frozen: there will be nothing to verify",)
+
+
+def test_notes_on_shapes(base):
+    whole = {"match": "fc", "shape": [10, 4], "init": "zeros"}
+    assert "reinit[0]: fc.bias changes from 1 to 2 dimensions; {0: 10} sets one size and keeps the others" in (
+        ckptsurg.plan({"version": 1, "reinit": [whole]}, base).notes
+    )
+
+
+def test_notes_on_a_config_that_stays(base, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(base.read_bytes())
+    (tmp_path / "config.json").write_text('{"num_labels": 5, "id2label": {}}')
+    spec = {"version": 1, "freeze": "conv1", "reinit": [{"match": "fc", "shape": {0: 3}, "init": "zeros"}]}
+    note = "fc.bias, fc.weight: a new shape, and config.json stays as it is; see `config`"
+    assert ckptsurg.plan(spec, tmp_path).notes == (note,)
+    config = {"set": {"num_labelz": 3}, "unset": ["id2lable", "label2id"]}
+    assert ckptsurg.plan(spec | {"config": config}, tmp_path).notes == (
+        "config.unset: config.json has no id2lable, but id2label",
+        "config.set: config.json has no num_labelz, but num_labels",
+    )
 
 
 def test_notes_on_half_frozen_norms(tmp_path):

@@ -228,6 +228,17 @@ def test_names_that_collide_are_refused(published):
         _verify(published, change, prefix="model.")
 
 
+def test_causes_are_settled_by_evidence_alone(tmp_path):
+    norm = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+    manifest = ckptsurg.make_manifest("**", norm)
+    norm.train()(torch.randn(4, 3))
+    statistics = {"0.running_mean", "0.running_var", "0.num_batches_tracked"}
+    report = ckptsurg.verify(manifest, norm)
+    assert {d.name: d.cause for d in report.drifted} == dict.fromkeys(statistics, "batchnorm_stats")
+    norm[1].weight.data += 1
+    assert {d.cause for d in ckptsurg.verify(manifest, norm).drifted} == {None}
+
+
 # --- Tied tensors, wider dtypes, roots --------------------------------------------------------------
 
 

@@ -45,7 +45,7 @@ def _run() -> int:
         code = cli.main(prog_name="ckptsurg", standalone_mode=False)
         sys.stdout.flush()
     except CkptsurgError as error:
-        return _complain(str(error), error.hint, error.exit_code)
+        return _complain(error.message, error.hint, error.exit_code)
     except click.ClickException as error:
         with suppress(OSError):
             error.show()

@@ -181,7 +181,11 @@ def verify(
     allow_widened: bool,
     as_json: bool,
 ) -> int:
-    """Prove that every frozen tensor of a trained checkpoint has its bits."""
+    """Prove that every frozen tensor of a trained checkpoint has its bits.
+
+    Exit codes: 0 every one has; 1 one has not; 2 bad usage or manifest; 3 a malformed checkpoint; 4 the system failed.
+    MANIFEST may also be the output, file or folder, that it stands by.
+    """
     from ..api import load_names, verify
     from . import rendering
 
@@ -209,7 +213,10 @@ def verify(
 @_argument("b")
 @_json
 def diff(a: Path, b: Path, as_json: bool) -> int:
-    """Compare two checkpoints, tensor by tensor, bit by bit."""
+    """Compare two checkpoints, tensor by tensor, bit by bit.
+
+    Exit codes: 0 identical; 1 different; 2 bad usage; 3 a malformed checkpoint; 4 the system failed.
+    """
     from ..api import diff
     from . import rendering
 
@@ -242,7 +249,7 @@ def demo(folder: Path, as_json: bool) -> None:
     from ..errors import UsageError
 
     try:
-        from ..demo import run
+        from .demo import run
     except ModuleNotFoundError as error:
         raise UsageError(
             f"the demo needs {error.name}, which is not installed", hint="pip install 'ckptsurg[demo]'"

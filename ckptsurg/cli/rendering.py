@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..causes import CAUSES
 from ..wording import counted, enumerate_names, shown
 
 if TYPE_CHECKING:
@@ -28,8 +30,12 @@ _ROWS = 40
 def _console() -> Console:
     from rich.console import Console
 
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would exit with 1, which is what a difference exits with
+
     # Into a pipe nothing is wrapped: the reader is a program or a pager.
-    return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 200)
+    return Plain(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 200)
 
 
 def size(count: float) -> str:
@@ -139,10 +145,25 @@ def show_plan(spec: Spec, plan: Plan) -> None:
             f"{len(tensors):,}",
             elements(sum(tensor.info.elements for tensor in tensors)),
             size(sum(tensor.info.nbytes for tensor in tensors)),
-            shown(tensors[0].name, 60),
+            shown(max(tensors, key=lambda tensor: tensor.info.nbytes).name, 60),
         )
     console = _console()
     console.print(table)
+    drawn = [tensor for tensor in plan.output if tensor.init is not None]
+    if drawn:
+        console.print()
+    for tensor in drawn[:_ROWS]:
+        line = Text(f"{shown(tensor.name)}  ")
+        if tensor.old_shape not in (None, tensor.shape):
+            line.append(f"{list(tensor.old_shape or ())} -> ", style="dim")
+        line.append(f"{tensor.info}", style="cyan").append(f"  {_initializer(tensor)}")
+        console.print(line, soft_wrap=True)
+    if len(drawn) > _ROWS:
+        console.print(f"... and {len(drawn) - _ROWS:,} more; --json lists all")
+    for path, value in (spec.config.set if spec.config else {}).items():
+        console.print(f"config.json  {shown(path)} = {shown(json.dumps(value), 100)}", soft_wrap=True)
+    for path in spec.config.unset if spec.config else ():
+        console.print(f"config.json  {shown(path)} goes", soft_wrap=True)
     output = plan.output
     console.print()
     console.print(
@@ -150,7 +171,17 @@ def show_plan(spec: Spec, plan: Plan) -> None:
         f"{plan.counts['frozen']:,} frozen, {plan.counts['trainable']:,} trainable"
     )
     for note in plan.notes:
-        console.print(Text("note: ", style="yellow").append(note, style="default"))
+        console.print(Text("note: ", style="yellow").append(note, style="default"), soft_wrap=True)
+
+
+def _initializer(tensor: PlannedTensor) -> str:
+    """``normal(mean=0, std=0.02)``, with what is kept."""
+    assert tensor.init is not None
+    arguments = ", ".join(
+        f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}"
+        for key, value in tensor.init.arguments.items()
+    )
+    return f"{tensor.init.name}({arguments})" + (", what overlaps is kept" if tensor.keep else "")
 
 
 # --- rewrite, manifest ------------------------------------------------------------------------------
@@ -177,28 +208,21 @@ def show_manifest(manifest: Manifest, out: Path | None, manifest_at: Path | None
 # --- verify, diff -----------------------------------------------------------------------------------
 
 
-def show_report(report: Report, *, exact: bool) -> None:
+def show_report(report: Report, *, exact: bool = False) -> None:
     from rich.text import Text
 
     console = _console()
-    drifted = [difference for difference in report.drifted if difference.verdict != "dtype_only" or not report.ok]
-    if not report.drifted and not report.ok:
-        head = f"{counted(report.verified, 'frozen tensor')} verified, but there are others than the manifest's"
-    elif not report.drifted:
-        head = f"{counted(report.verified, 'frozen tensor')} verified: every one has its bits"
-    elif report.ok:
-        head = f"{counted(report.verified, 'frozen tensor')} verified, {len(report.drifted):,} in a wider dtype"
-    else:
-        head = f"{counted(len(drifted), 'frozen tensor')} drifted, {report.verified:,} verified"
-    console.print(
-        Text("ok     " if report.ok else "FAILED ", style="bold green" if report.ok else "bold red").append(
-            head, "default"
-        )
-    )
-    if report.drifted:
+    word, style = ("ok     ", "bold green") if report.ok else ("FAILED ", "bold red")
+    summary = Text(word, style=style).append(_summary(report), "default")
+    console.print(summary, soft_wrap=True)
+    failed = [difference for difference in report.drifted if difference.verdict != "dtype_only" or not report.ok]
+    nothing_there = not report.verified and all(difference.verdict == "missing" for difference in failed)
+    if report.drifted and not nothing_there:
         console.print(_differences(report.drifted))
-    hints = {difference.hint for difference in drifted if difference.hint}
-    if any(difference.verdict == "changed" and difference.detail is None for difference in drifted):
+    for code in sorted({difference.cause for difference in failed if difference.cause}):
+        console.print(f"{code}: {CAUSES[code].explanation}; {CAUSES[code].remedy}", soft_wrap=True)
+    hints = {difference.hint for difference in failed if difference.hint}
+    if any(difference.verdict == "changed" and difference.detail is None for difference in failed):
         hints.add("--baseline CKPT, the published output, shows where tensors differ and by how much")
     for hint in sorted(hints):
         console.print(f"hint: {hint}", soft_wrap=True)
@@ -206,6 +230,25 @@ def show_report(report: Report, *, exact: bool) -> None:
         if names:
             style = "red" if exact else "dim"
             console.print(Text(f"{counted(len(names))} {what}: {enumerate_names(names)}", style=style), soft_wrap=True)
+    if len(report.drifted) > _ROWS // 2 and not nothing_there:
+        console.print(summary, soft_wrap=True)  # the first line is off the screen by now
+
+
+def _summary(report: Report) -> str:
+    verified = counted(report.verified, "frozen tensor")
+    missing = sum(difference.verdict == "missing" for difference in report.drifted)
+    drifted = sum(difference.verdict != "missing" for difference in report.drifted)
+    if report.ok and report.drifted:
+        return f"{verified} verified, {drifted:,} in a wider dtype"
+    if report.ok:
+        return f"{verified} verified: every one has its bits"
+    if not report.drifted:
+        return f"{verified} verified, but there are others than the manifest's"
+    if not report.verified and not drifted:
+        return f"none of the manifest's {counted(missing, 'frozen tensor')} is there: is it this model's manifest?"
+    counts = ((drifted, "drifted"), (missing, "missing"))
+    parts = [f"{counted(count, 'frozen tensor')} {what}" for count, what in counts if count]
+    return f"{', '.join(parts)}, {report.verified:,} verified"
 
 
 def show_diff(report: DiffReport) -> None:
@@ -225,12 +268,15 @@ def _differences(differences: Sequence[Difference]) -> RenderableType:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("tensor", overflow="fold")
-    for heading in ("verdict", "cause", "detail"):
-        table.add_column(heading)
+    caused = any(difference.cause for difference in differences)
+    table.add_column("tensor", no_wrap=True, overflow="fold")
+    table.add_column("verdict", no_wrap=True)
+    if caused:
+        table.add_column("cause", no_wrap=True)
+    table.add_column("detail")
     for difference in differences[:_ROWS]:
-        detail = difference.describe_detail()
-        table.add_row(shown(difference.name), difference.verdict, difference.cause or "", detail)
+        cause = [difference.cause or ""] if caused else []
+        table.add_row(shown(difference.name), difference.verdict, *cause, difference.describe_detail())
     if len(differences) > _ROWS:
-        table.add_row(f"... and {len(differences) - _ROWS:,} more", "", "", "--json lists all")
+        table.add_row(f"... and {len(differences) - _ROWS:,} more; --json lists all")
     return table

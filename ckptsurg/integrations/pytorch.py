@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import FreezeError, FrozenWeightsChanged, UsageError
 from ..manifest import Manifest
-from ..renaming import Renaming, align, renamed
+from ..renaming import Renaming, align, common_prefix, renamed
 from ..report import Report
 from ..tensors import TensorSource
 from ..verifying import verify
@@ -90,6 +90,9 @@ def _mismatches(
     manifest: Manifest, live: dict[str, torch.Tensor], partners: dict[str, str], *, allow_widened: bool
 ) -> Iterator[str]:
     """Frozen tensors that the model does not hold as the manifest records them."""
+    if not partners and (prefix := common_prefix([{name} for name in manifest.frozen], live)):
+        yield f'all stand under "{shown(prefix)}" in the model: names=lambda name: name.removeprefix("{shown(prefix)}")'
+        return
     for name in manifest.frozen:
         if name in partners and (reason := unreadable(live[partners[name]])):
             yield f'"{shown(name)}" {reason}'
@@ -248,6 +251,10 @@ class FrozenModel:
                 self._held.append(_StaysInEvaluation(module))
                 self._held[-1].hold()
         _FREEZES.setdefault(model, weakref.WeakSet()).add(self)
+
+    def __repr__(self) -> str:
+        counts = self.manifest.counts
+        return f"FrozenModel({type(self.model).__name__}: {counts['frozen']} frozen, {counts['trainable']} trainable)"
 
     def frozen_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The frozen tensors that the model has now, by the model's names; looked up afresh at every call."""

@@ -15,14 +15,15 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from . import api
-from .errors import CkptsurgError, UsageError
-from .wording import counted, shown
+from .. import api
+from ..errors import CkptsurgError, UsageError
+from ..wording import shown
+from . import rendering
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from .report import Report
+    from ..report import Report
 
 __all__ = ["run"]
 
@@ -98,6 +99,11 @@ def run(folder: Path, *, as_json: bool = False) -> None:
         if not as_json:
             print(text, flush=True)
 
+    def show(result: Callable[[], None]) -> None:
+        if not as_json:
+            result()
+            print(flush=True)
+
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{shown(folder)}: exists and is not empty", hint="choose another folder, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,13 +120,12 @@ def run(folder: Path, *, as_json: bool = False) -> None:
         say("2. A spec says what becomes of it for the digits 5 to 9.\n")
         spec.write_text(SPEC)
         say("".join(f"   {line}\n" for line in SPEC.splitlines()))
-        say(f"   $ ckptsurg plan {shown(spec)} {shown(base)}")
-        plan = api.plan(spec, base)
-        say(f"   {counted(plan.counts['frozen'])} frozen, {plan.counts['reinit']} drawn anew")
-        say(f"   $ ckptsurg rewrite {shown(spec)} {shown(base)} -o {shown(out)}")
+        say(f"$ ckptsurg plan {shown(spec)} {shown(base)}")
+        document, plan = api.plan_with_spec(spec, base)
+        show(lambda: rendering.show_plan(document, plan))
+        say(f"$ ckptsurg rewrite {shown(spec)} {shown(base)} -o {shown(out)}")
         manifest = api.rewrite(spec, base, out)
-        say(f"   {shown(out)}/model.safetensors and {shown(out)}/freeze.json, root {manifest.root[:20]}...\n")
-
+        show(lambda: rendering.show_manifest(manifest, out, None))
         say("3. Fine-tuned with the manifest: ckptsurg.freeze(model, manifest)")
         good = folder / "trained.safetensors"
         model = Digits()
@@ -128,8 +133,8 @@ def run(folder: Path, *, as_json: bool = False) -> None:
         frozen = api.freeze(model, manifest)
         accuracy = _train(model, frozen.trainable_parameters(), _split(5), epochs=12)
         safetensors.torch.save_file(model.state_dict(), good, {"format": "pt"})
-        say(f"   {accuracy:.1%} of the test images are right")
-        kept = _verify(out, good, say)
+        say(f"   {accuracy:.1%} of the test images are right\n")
+        kept = _verify(out, good, say, show)
 
         say("4. Fine-tuned as tutorials show it: for p in model.parameters(): p.requires_grad = False")
         bad = folder / "tutorial.safetensors"
@@ -139,9 +144,8 @@ def run(folder: Path, *, as_json: bool = False) -> None:
             parameter.requires_grad = name.startswith("head")
         accuracy = _train(model, (p for p in model.parameters() if p.requires_grad), _split(5), epochs=12)
         safetensors.torch.save_file(model.state_dict(), bad, {"format": "pt"})
-        say(f"   {accuracy:.1%} of the test images are right")
-        moved = _verify(out, bad, say)
-        say("   The loop froze every parameter, but the running statistics are buffers: they follow the new data.")
+        say(f"   {accuracy:.1%} of the test images are right\n")
+        moved = _verify(out, bad, say, show)
     finally:
         torch.random.set_rng_state(state)
     if as_json:
@@ -150,12 +154,8 @@ def run(folder: Path, *, as_json: bool = False) -> None:
         raise CkptsurgError("the demo did not show what it should; please report this")
 
 
-def _verify(out: Path, trained: Path, say: Callable[[str], None]) -> Report:
+def _verify(out: Path, trained: Path, say: Callable[[str], None], show: Callable[[Callable[[], None]], None]) -> Report:
     report = api.verify(out / "freeze.json", trained, baseline=out)
-    say(f"   $ ckptsurg verify {shown(out / 'freeze.json')} {shown(trained)} --baseline {shown(out)}")
-    drifted = f"{counted(len(report.drifted), 'tensor')} drifted, {report.verified} verified"
-    say(f"   {drifted}; exit code {int(not report.ok)}")
-    for difference in report.drifted:
-        say(f"     {difference.describe()}")
-    say("")
+    say(f"$ ckptsurg verify {shown(out / 'freeze.json')} {shown(trained)} --baseline {shown(out)}")
+    show(lambda: rendering.show_report(report))
     return report
