@@ -101,13 +101,18 @@ def test_a_norm_that_is_the_whole_model():
     assert not norm.training and frozen.verify().ok
 
 
-def test_spectral_norm_vectors_stand_still():
-    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
-    model = nn.Sequential(layer, nn.Linear(4, 2))
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.*is deprecated")
+@pytest.mark.parametrize("spectral_norm", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_spectral_norm_vectors_stand_still(spectral_norm):
+    model = nn.Sequential(spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 2))
     frozen = ckptsurg.freeze(model, ckptsurg.make_manifest(["**", "!1"], model))
     model.train()
     model(torch.randn(3, 4))
     assert frozen.verify().ok
+    frozen.release()
+    model.train()
+    model(torch.randn(3, 4))
+    assert not frozen.verify().ok
 
 
 def test_model_stays_what_it_was(model, manifest):

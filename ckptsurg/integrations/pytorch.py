@@ -17,6 +17,8 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ..errors import FreezeError, FrozenWeightsChanged, UsageError
 from ..manifest import Manifest
@@ -212,7 +214,9 @@ class _StaysInEvaluation:
 
 def _moves_in_training(module: nn.Module) -> bool:
     """Whether the forward pass writes to the module's buffers in training mode, and only then."""
-    return isinstance(module, _NormBase) or type(module).__name__ == "_SpectralNorm"
+    if isinstance(module, _NormBase | _SpectralNorm):
+        return True
+    return any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
