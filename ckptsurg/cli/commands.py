@@ -168,9 +168,7 @@ def manifest(spec: Path, ckpt: Path, out: Path, overwrite: bool, digest: str, as
 @_path_option("--names", metavar="MAP", help="A JSON or YAML map from names in CKPT to names in the manifest.")
 @click.option("--allow-widened", is_flag=True, help="Accept the same values in a wider dtype.")
 @_json
-@click.pass_context
 def verify(
-    context: click.Context,
     manifest: Path,
     ckpt: Path,
     baseline: Path | None,

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import itertools
 import os
-import time
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.utils.parametrizations import _SpectralNorm
-from torch.nn.utils.spectral_norm import SpectralNorm
 
-from ..errors import FreezeError, FrozenWeightsChanged, UsageError
+from ..errors import FreezeError, UsageError
 from ..manifest import Manifest
 from ..renaming import Renaming, align, common_prefix, renamed
 from ..report import Report
 from ..tensors import TensorSource
 from ..verifying import verify
 from ..wording import enumerate_names, shown
+from .torch_guard import Guard
+from .torch_holds import StaysInEvaluation, moves_in_training
 from .torch_tensors import TorchTensors, live_tensors, unreadable
 
 __all__ = ["FrozenModel", "Guard", "freeze", "source_of"]
@@ -173,52 +170,6 @@ def _extra_parameters(live: dict[str, torch.Tensor], known: set[str]) -> tuple[s
 # --- The frozen model -------------------------------------------------------------------------------
 
 
-class _StaysInEvaluation:
-    """Takes the place of a module's ``train`` method: whatever the mode, the module itself evaluates.
-
-    It is bound to this one module. A copy of the module, by pickle or deepcopy, gets its class's own method.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.was_training = module.training
-        self.replaced = module.__dict__.get("train")
-
-    def hold(self) -> None:
-        self.module.training = False
-        self.module.__dict__["train"] = self
-
-    def release(self) -> None:
-        current = self.module.__dict__.get("train")
-        if current is not self:  # another freeze came later and holds on to this one
-            while isinstance(current, _StaysInEvaluation) and current.replaced is not self:
-                current = current.replaced
-            if isinstance(current, _StaysInEvaluation):
-                current.replaced, current.was_training = self.replaced, self.was_training
-            return
-        del self.module.__dict__["train"]
-        if self.replaced is not None:
-            self.module.__dict__["train"] = self.replaced
-        self.module.training = self.was_training
-
-    def __call__(self, mode: bool = True) -> nn.Module:
-        method = self.replaced or type(self.module).train.__get__(self.module)
-        method(mode)
-        self.was_training = mode  # what a release gives back
-        self.module.training = False
-        return self.module
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self.module, "train")
-
-
-def _moves_in_training(module: nn.Module) -> bool:
-    """Whether the forward pass writes to the module's buffers in training mode, and only then."""
-    if isinstance(module, _NormBase | _SpectralNorm):
-        return True
-    return any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Found:
     """What a tensor was like before the freeze."""
@@ -242,7 +193,7 @@ class FrozenModel:
         self._names = names
         self._number = next(_NUMBERS)
         self._found: list[_Found] = []
-        self._held: list[_StaysInEvaluation] = []
+        self._held: list[StaysInEvaluation] = []
         frozen: set[int] = set()
         for _, tensor in self.frozen_tensors():
             if tensor.is_leaf:
@@ -251,8 +202,8 @@ class FrozenModel:
                 tensor.grad = None
             frozen.add(id(tensor))
         for module in model.modules():
-            if _moves_in_training(module) and any(id(buffer) in frozen for buffer in module._buffers.values()):
-                self._held.append(_StaysInEvaluation(module))
+            if moves_in_training(module) and any(id(buffer) in frozen for buffer in module._buffers.values()):
+                self._held.append(StaysInEvaluation(module))
                 self._held[-1].hold()
         _FREEZES.setdefault(model, weakref.WeakSet()).add(self)
 
@@ -304,7 +255,7 @@ class FrozenModel:
         return [
             name
             for name, module in self.model.named_modules()
-            if module.training and _moves_in_training(module) and any(id(b) in frozen for b in module._buffers.values())
+            if module.training and moves_in_training(module) and any(id(b) in frozen for b in module._buffers.values())
         ]
 
     def release(self) -> None:
@@ -331,88 +282,3 @@ class FrozenModel:
 _NUMBERS = itertools.count()
 #: The freezes of each model that were not released.
 _FREEZES: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[FrozenModel]] = weakref.WeakKeyDictionary()
-
-
-class Guard:
-    """Watches an optimizer. Before each step it looks at flags and gradients, without reading a tensor.
-
-    Attributes:
-        steps: Steps seen.
-        seconds: Time spent watching, in seconds.
-    """
-
-    def __init__(self, frozen: FrozenModel, optimizer: torch.optim.Optimizer, every: int | None = None) -> None:
-        if every is not None and (type(every) is not int or every < 1):
-            raise UsageError(f"every: expected a whole number from 1, found {shown(every, 40)}")
-        self._frozen, self._every = frozen, every
-        self.steps = 0
-        self.seconds = 0.0
-        self._handles = [
-            optimizer.register_step_pre_hook(self._timed(self._before)),
-            optimizer.register_step_post_hook(self._timed(self._after)),
-        ]
-
-    def _timed(self, check: Callable[[], None]) -> Callable[..., None]:
-        def hook(*_: object) -> None:
-            begun = time.perf_counter()
-            try:
-                check()
-            finally:
-                self.seconds += time.perf_counter() - begun
-
-        return hook
-
-    def _before(self) -> None:
-        """Refuse a step that would move a frozen tensor."""
-        reenabled, with_gradient = [], []
-        for name, tensor in self._frozen.frozen_tensors():
-            if tensor.requires_grad and tensor.is_leaf:
-                reenabled.append(name)
-            elif tensor.is_leaf and tensor.grad is not None:
-                with_gradient.append(name)
-        if reenabled:
-            raise FrozenWeightsChanged(
-                f"about to change {enumerate_names(reenabled)}; cause: reenabled (requires_grad was turned on again)",
-                hint="freeze after whatever turned it on, and build the optimizer after that",
-            )
-        if with_gradient:
-            raise FrozenWeightsChanged(
-                f"about to change {enumerate_names(with_gradient)}; cause: zero_grad_not_none (a gradient is set)",
-                hint="freeze before the backward pass; optimizer.zero_grad(set_to_none=True) clears gradients",
-            )
-        if moving := self._frozen.moving_modules():
-            raise FrozenWeightsChanged(
-                f"the running statistics of {enumerate_names(moving)} move: put back into training mode; "
-                "cause: batchnorm_stats",
-                hint="call train() on the module instead of setting its `training`",
-            )
-
-    def _after(self) -> None:
-        self.steps += 1
-        if self._every is not None and self.steps % self._every == 0:
-            self._frozen.verify().raise_if_changed()
-
-    def cost(self) -> str:
-        """What watching costs, in words."""
-        return f"{self.seconds * 1e3:.1f} ms over {self.steps:,} steps"
-
-    def remove(self) -> None:
-        """Stop watching."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def __enter__(self) -> Self:
-        if not self._handles:
-            raise UsageError("the guard was removed; ask the frozen model for another")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
-        if error is None:
-            begun = time.perf_counter()
-            report = self._frozen.verify()
-            self.seconds += time.perf_counter() - begun
-            report.raise_if_changed()
