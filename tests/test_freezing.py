@@ -337,6 +337,14 @@ def test_neighbours_in_one_storage_are_not_tied(model):
     assert ckptsurg.freeze(model, manifest).verify().ok
 
 
+def test_tied_tensors_that_are_both_frozen():
+    model = Tied()
+    frozen = ckptsurg.freeze(model, ckptsurg.make_manifest("**", model))
+    assert frozen.verify().verified == 2 and not model.embed.weight.requires_grad
+    frozen.release()
+    assert model.embed.weight.requires_grad
+
+
 def test_a_second_name_of_a_frozen_parameter_is_no_extra():
     model = Tied()
     manifest = ckptsurg.make_manifest("embed", nn.ModuleDict({"embed": model.embed}))

@@ -196,7 +196,7 @@ class FrozenModel:
         self._held: list[StaysInEvaluation] = []
         frozen: set[int] = set()
         for _, tensor in self.frozen_tensors():
-            if tensor.is_leaf:
+            if tensor.is_leaf and id(tensor) not in frozen:  # a tied one has two names
                 self._found.append(_Found(tensor, tensor.requires_grad, tensor.grad))
                 tensor.requires_grad_(False)
                 tensor.grad = None
