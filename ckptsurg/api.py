@@ -188,6 +188,8 @@ def make_manifest(
             problems = [spec.problem((key,), "changes the checkpoint; a manifest alone only freezes") for key in acting]
             raise SpecError(spec.label, problems, hint="`ckptsurg rewrite` publishes the output with its manifest")
         planned = planning.plan(spec, source)
+        for note in planned.notes:
+            _log.info("note: %s", note)
         return describe(spec, planned, source, algorithm=as_algorithm(digest), progress=progress)
 
 

@@ -136,8 +136,11 @@ def _recurrent(name: str, info: TensorInfo, siblings: Mapping[str, TensorInfo]) 
 
 
 def _attention(name: str, info: TensorInfo, siblings: Mapping[str, TensorInfo]) -> Initializer:
+    """Xavier for the projections in; the projection out is a Linear, but for its bias."""
     if len(info.shape) < 2:
         return _ZEROS
+    if name == "weight":
+        return _linear_or_convolution(name, info, siblings)
     name_of_init = "xavier_normal" if name in ("bias_k", "bias_v") else "xavier_uniform"
     return Initializer(name=name_of_init, arguments={"gain": 1.0})
 

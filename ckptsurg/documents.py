@@ -35,6 +35,8 @@ class Document(Model):
     """A whole document, with its version."""
 
     error: ClassVar[type[DocumentError]] = DocumentError
+    #: Keys that may have no value.
+    nullable: ClassVar[frozenset[str]] = frozenset()
 
     version: Literal[1] = 1
 
@@ -48,8 +50,8 @@ class Document(Model):
         if not isinstance(text.data, dict):
             found = "nothing" if text.data is None else f"a {_kind(text.data)}"
             raise cls.error(text.label, [Problem("", f"expected keys and values at the top, found {found}", 1)])
-        problems = list(_version_problems(text))
-        data = text.data | {"version": 1} if problems else text.data
+        problems = [*_version_problems(text), *_empty_keys(text, cls.nullable)]
+        data = {key: value for key, value in text.data.items() if value is not None} | {"version": 1}
         try:
             # As JSON, where a list may stand for a tuple, although nothing else is converted.
             document = cls.model_validate_json(json.dumps(data, allow_nan=False))
@@ -129,6 +131,14 @@ def _version_problems(text: Text) -> Iterator[Problem]:
         yield Problem("version", f"{_quoted(found)} is not known; this ckptsurg reads 1", text.line(place), place)
 
 
+def _empty_keys(text: Text, nullable: frozenset[str]) -> Iterator[Problem]:
+    """A key whose value was commented out must not turn off what it is for."""
+    for key, value in text.data.items():
+        if value is None and key != "version" and key not in nullable:
+            place = (str(key),)
+            yield Problem(shown(key), "nothing follows; give it a value, or leave the key out", text.line(place), place)
+
+
 def _not_finite(text: Text) -> Iterator[Problem]:
     """Numbers that JSON does not have; only a document that was given as an object can hold them."""
     waiting: list[tuple[Place, Any]] = [((), text.data)]
@@ -143,7 +153,14 @@ def _not_finite(text: Text) -> Iterator[Problem]:
 
 
 def _problems(model: type[Model], error: ValidationError, text: Text) -> Iterator[Problem]:
-    for detail in error.errors(include_url=False):
+    details = error.errors(include_url=False)
+    unknown = {(detail["loc"][:-1], detail["loc"][-1]) for detail in details if detail["type"] == "extra_forbidden"}
+    for detail in details:
+        if detail["type"] == "missing" and any(
+            parents == detail["loc"][:-1] and difflib.get_close_matches(str(detail["loc"][-1]), [str(key)], cutoff=0.5)
+            for parents, key in unknown
+        ):
+            continue  # the slip itself is reported, with this key as the nearest
         place = text.nearest(tuple(part for part in detail["loc"]))
         yield Problem(describe_place(place), _explain(model, detail), text.line(place), place)
 

@@ -6,6 +6,7 @@ underscore; ``default`` and ``like`` are ours.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
@@ -171,6 +172,10 @@ def _checked_arguments(name: str, model: type[Model], arguments: dict[str, Any])
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         message = first["msg"][0].lower() + first["msg"][1:]
+        if first["type"] == "literal_error":
+            known = re.findall(r"'([^']*)'", first["ctx"]["expected"])
+            written = shown(first["input"], 40)
+            raise fail(f'{name}: {first["loc"][-1]}: "{written}" is not known' + suggest(written, known)) from None
         if first["type"] == "ckptsurg":
             raise fail(f"{name}: {message}") from None
         argument = first["loc"][-1]

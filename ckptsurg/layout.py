@@ -7,7 +7,7 @@ free to move can bring that about; the format allows no holes. Drawn, added and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .checkpoints import Checkpoint, Extent
@@ -171,7 +171,8 @@ class _Run:
         if all(tensor.info.nbytes < PAGE for tensor in self.tensors):
             return
         for _ in range(_TRIMMED):
-            if (size := self.tensors[0].info.nbytes) < PAGE:
+            # The data of a file begins at a multiple of 8, so a run that could begin it stays one that can.
+            if (size := self.tensors[0].info.nbytes) < PAGE and (self.start + size) % 8 == 0:
                 del self.tensors[0]
                 self.start += size
             if (size := self.tensors[-1].info.nbytes) < PAGE:
@@ -199,11 +200,13 @@ def arrange(tensors: Sequence[PlannedTensor], extents: Mapping[str, Extent]) -> 
     Returns:
         The tensors in order, and where in a page the data begins (None: no copied range cares).
     """
-    runs = [run for run in _runs(tensors, extents) if run.shareable]
-    starts = sorted((run for run in runs if run.start % 8 == 0), key=lambda run: (-run.shareable, run.start))
-    in_runs = {tensor.name for run in runs for tensor in run.tensors}
-    free = [tensor for tensor in tensors if tensor.name not in in_runs]
-    chains = [_chain(start, runs, free) for start in starts[:_STARTS_TRIED]]
+    whole = _runs(tensors, extents)
+    for run in whole:
+        run.trim()
+    # Odd-sized tensors change the phase of all behind them. Taken out, what is left falls into classes of one phase
+    # each, and they are what bridges from one class to the next.
+    regular = _runs([tensor for tensor in tensors if tensor.info.nbytes % PAGE == 0], extents)
+    chains = [*_chains(whole, tensors, by_phase=False), *_chains(regular, tensors, by_phase=True)]
     if not chains:
         return _aligned(tensors), None
     best = max(chains, key=lambda chain: chain.shared)
@@ -238,23 +241,38 @@ def _runs(tensors: Iterable[PlannedTensor], extents: Mapping[str, Extent]) -> li
         else:
             runs.append(_Run([tensor], extent.offset, end))
         last = extent
-    for run in runs:
-        run.trim()
     return runs
 
 
-def _chain(first: _Run, runs: Sequence[_Run], free: Sequence[PlannedTensor]) -> _Chain:
+def _chains(runs: Sequence[_Run], tensors: Sequence[PlannedTensor], *, by_phase: bool) -> Iterator[_Chain]:
+    """Chains that begin with one of the largest runs."""
+    runs = [run for run in runs if run.shareable]
+    in_runs = {tensor.name for run in runs for tensor in run.tensors}
+    fillers = [tensor for tensor in tensors if tensor.name not in in_runs and tensor.info.nbytes]
+    fillers.sort(key=lambda tensor: tensor.action == "copy")
+    # Only a base whose own data begins elsewhere has no run that begins at a multiple of 8.
+    starts = [run for run in runs if run.start % 8 == 0] or runs
+    for first in sorted(starts, key=lambda run: (-run.shareable, run.start))[:_STARTS_TRIED]:
+        others = [run for run in runs if run is not first]
+        if by_phase:
+            others.sort(key=lambda run: (run.start - first.end) % PAGE)
+        yield _chain(first, others, fillers)
+
+
+def _chain(first: _Run, others: Sequence[_Run], fillers: Sequence[PlannedTensor]) -> _Chain:
     """The first run, and behind it every other that can be brought into phase."""
     chain = _Chain(list(first.tensors), first.start, first.end, first.shareable)
-    fillers = sorted((tensor for tensor in free if tensor.info.nbytes), key=lambda tensor: tensor.action == "copy")
-    for run in runs:
-        if run is first:
-            continue
-        between = _fill((run.start - chain.end) % PAGE, chain.end, fillers[:_FILLERS_TRIED])
+    hopeless: set[int] = set()
+    for run in others:
+        gap = (run.start - chain.end) % PAGE
+        between = None if gap in hopeless else _fill(gap, chain.end, fillers[:_FILLERS_TRIED])
         if between is None:
+            hopeless.add(gap)
             continue
-        used = {tensor.name for tensor in between}
-        fillers = [tensor for tensor in fillers if tensor.name not in used] if used else fillers
+        if between:
+            used = {tensor.name for tensor in between}
+            fillers = [tensor for tensor in fillers if tensor.name not in used]
+            hopeless.clear()
         chain.tensors += [*between, *run.tensors]
         chain.end += sum(tensor.info.nbytes for tensor in between) + run.end - run.start
         chain.shared += run.shareable

@@ -11,7 +11,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,8 +98,24 @@ class Names:
         return mask
 
     def _regex(self, expression: str) -> BoolArray:
-        matches = _compile_regex(expression)
-        return np.fromiter(map(matches, self.names), np.bool_, len(self))
+        if self._lines is None or _SEES_LINES.search(expression):
+            matches = _compile_regex(expression)
+            return np.fromiter(map(matches, self.names), np.bool_, len(self))
+        # All names at once, a line each: most of a single match is the way in and out of the library.
+        text, starts = self._lines
+        _compile_regex(expression)
+        found = _matching_lines(expression, text)
+        mask = np.zeros(len(self), np.bool_)
+        mask[np.searchsorted(starts, found)] = True
+        return mask
+
+    @cached_property
+    def _lines(self) -> tuple[str, IntArray] | None:
+        """The names as lines and where each begins; None if a name has a line feed in it."""
+        if any("\n" in name for name in self.names):
+            return None
+        lengths = np.fromiter(map(len, self.names), np.int64, len(self)) + 1
+        return "\n".join(self.names), np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
 
     def _select(self, steps: Sequence[Step]) -> BoolArray:
         """The names that the steps match, or that lie below a module which they match."""
@@ -301,15 +317,34 @@ def _escape(text: str) -> str:
     return escaped
 
 
-def _compile_regex(expression: str) -> Callable[[str], bool]:
-    """A test of whole strings in RE2, whose time is linear in the string (github.com/google/re2/wiki/Syntax)."""
+#: Syntax by which an expression could tell one text from a line of many: \\A, \\z, \\C, \\Q, and groups that set flags.
+_SEES_LINES = re.compile(r"\\[AzZCQ]|\(\?(?!:|P?<)")
+
+
+def _options(*, lines: bool = False) -> Any:
     import re2
 
     options = re2.Options()
     options.log_errors = False
     options.never_capture = True
+    options.never_nl = lines
+    return options
+
+
+def _matching_lines(expression: str, text: str) -> list[int]:
+    """Where the lines begin that an expression matches as a whole."""
+    import re2
+
+    compiled = re2.compile(f"(?m)^(?:{expression})$", _options(lines=True))
+    return [match.start() for match in compiled.finditer(text)]
+
+
+def _compile_regex(expression: str) -> Callable[[str], bool]:
+    """A test of whole strings in RE2, whose time is linear in the string (github.com/google/re2/wiki/Syntax)."""
+    import re2
+
     try:
-        compiled = re2.compile(expression, options)
+        compiled = re2.compile(expression, _options())
     except re2.error as error:
         reason = error.args[0].decode() if error.args and isinstance(error.args[0], bytes) else str(error)
         raise PatternError(f"not a regular expression that RE2 takes: {shown(reason)}") from None

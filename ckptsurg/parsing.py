@@ -222,7 +222,7 @@ _CONSTANTS = {
 #: Tokens that YAML takes for tags, aliases or lists although a pattern was meant.
 _WORD = r"[^\s,\[\]{}\"'#]"
 _UNQUOTED = re.compile(
-    rf"(?P<before>^|[\s,\[{{])(?P<token>(?:[!*&]{_WORD}*|[^-\s,\[\]{{}}\"'#!*&]{_WORD}*(?=\[-?[0-9]*[\]:]))(?:\[[-0-9:]*\]{_WORD}*)*"
+    rf"(?P<before>^|[\s,\[{{])(?P<token>(?:[!*]{_WORD}*|[^-\s,\[\]{{}}\"'#!*&]{_WORD}*(?=\[-?[0-9]*[\]:]))(?:\[[-0-9:]*\]{_WORD}*)*"
     rf"|\[-?[0-9]*:[-0-9:]*\]|\{{[^{{}}\s:]*\}}{_WORD}+)"
 )
 
@@ -260,6 +260,8 @@ class _Builder:
             mark = getattr(failure, "problem_mark", None) or getattr(failure, "context_mark", None)
             at = mark.line + 1 if mark else None
             problem = getattr(failure, "problem", None) or str(failure)
+            if "escape" in problem:
+                problem += "; a backslash stands for itself in single quotes: 're:.*'"
             self._refuse(f"not YAML: {shown(problem)}" + self._line_to_type(at), at)
         return (root[0] if root else None), self.lines
 
@@ -268,7 +270,7 @@ class _Builder:
         if tag is not None:
             self._refuse(f"{shown(tag)} is read as a tag" + self._line_to_type(line), line)
         if event.anchor is not None:
-            self._refuse(f"&{shown(event.anchor)} is read as an anchor" + self._line_to_type(line), line)
+            self._refuse(f"&{shown(event.anchor)} is read as an anchor; a spec has none", line)
         parent, place, waiting = stack[-1]
         value: Any
         if isinstance(event, yaml.ScalarEvent):

@@ -221,8 +221,9 @@ class _Draws:
         """The initializer with ``default`` written out; a problem where it cannot draw the tensor."""
         if init.name == "default":
             module, leaf = module_and_leaf(name)
+            owner = init.arguments.get("module") or ("MultiheadAttention" if self._in_attention(module) else None)
             try:
-                init = resolve_default(leaf, info, self._modules[module], init.arguments.get("module"))
+                init = resolve_default(leaf, info, self._modules[module], owner)
             except Ambiguous as error:
                 self._findings.add(place, f"{shown(name)} {info}: {error}")
                 return init
@@ -231,6 +232,12 @@ class _Draws:
         if reason := refusal(init, info):
             self._refused[place, reason].append(name)
         return init
+
+    def _in_attention(self, module: str) -> bool:
+        """Whether a module is the projection out of a torch.nn.MultiheadAttention."""
+        parent, leaf = module_and_leaf(module[:-1])
+        above = self._modules.get(parent, {})
+        return leaf == "out_proj" and ("in_proj_weight" in above or "q_proj_weight" in above)
 
     def report_refusals(self) -> None:
         """Report what cannot be drawn, once for each rule and reason."""

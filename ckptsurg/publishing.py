@@ -199,7 +199,10 @@ def staged(target: Path, size: int) -> Iterator[Staging]:
     """
     label = shown(target)
     with system_failures(label, "nothing was published"):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UsageError(f"{label}: a part of the path is a file, not a folder") from None
         space = os.statvfs(target.parent)
         if size > (available := space.f_bavail * space.f_frsize):
             raise SystemFailure(f"{label}: needs {size:,} bytes, but the file system has {available:,} left")

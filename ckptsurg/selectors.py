@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .documents import suggest
 from .errors import Problem
 from .matching import BoolArray, IntArray, Names
 from .parsing import Place
@@ -151,7 +152,11 @@ def _explain_alternative(
         return f"{what} takes nothing away: nothing that it matches ({counted(matched)}) is selected before it"
     if item.where is not None and (unfiltered := space.names.count(alternative)):
         where = ", ".join(f"{key}: {value}" for key, value in item.where.model_dump(exclude_none=True).items())
-        return f"{what} matches {counted(unfiltered)}, but none where {where}"
+        leaves = sorted({module_and_leaf(name)[1] for name in space.tensors})
+        known = item.where.beside is None or item.where.beside in leaves
+        return f"{what} matches {counted(unfiltered)}, but none where {where}" + (
+            "" if known else suggest(item.where.beside, leaves)
+        )
     if gone := space.dropped.count(alternative):
         return f"{what} matches nothing that is left: `drop` takes what it matches ({counted(gone)})"
     message = f"{what} matches nothing"

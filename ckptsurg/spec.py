@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
@@ -89,6 +90,9 @@ Selector: TypeAlias = Annotated[
 
 def _shape(value: object) -> object:
     """``{0: 10}``, ``{"0": 10}`` or a whole list; the keys of the first become numbers."""
+    for size in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        if type(size) is not int or not 0 <= size < 2**63:
+            raise fail(f"a size is a whole number from 0, found {shown(json.dumps(size, default=str), 40)}")
     if isinstance(value, list):
         return tuple(value)
     if not isinstance(value, dict):
@@ -163,6 +167,7 @@ class Spec(Document):
     """
 
     error = SpecError
+    nullable = frozenset(("name",))
 
     version: Literal[1] = Field(description="Version of this document's form.")
     name: str | None = None
@@ -188,22 +193,20 @@ class Spec(Document):
 
         It is good for one thing: to find what else is wrong with the spec, so that all is reported at once.
         """
-        try:
-            return cls.from_text(text)
-        except SpecError as error:
-            places = [problem.place for problem in error.problems]
-        if not isinstance(text.data, dict) or () in places:
-            return None
         data = copy.deepcopy(text.data)
-        for place in places:
-            _neutralise(data, place)
-        data["version"] = 1
-        try:
-            spec = cls.from_text(Text(text.label, data))
-        except SpecError:
-            return None
-        spec._text = text
-        return spec
+        for _ in range(3):  # what is taken out may leave a rule without a key that it needs
+            try:
+                spec = cls.from_text(Text(text.label, data))
+            except SpecError as error:
+                if not isinstance(data, dict) or any(not problem.place for problem in error.problems):
+                    return None
+                for problem in error.problems:
+                    _neutralise(data, problem.place)
+                data["version"] = 1
+            else:
+                spec._text = text
+                return spec
+        return None
 
     @classmethod
     def of_patterns(cls, freeze: str | Iterable[Any]) -> Self:

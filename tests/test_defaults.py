@@ -586,3 +586,16 @@ def test_a_draw_out_of_range_publishes_nothing(tmp_path):
     with pytest.raises(ckptsurg.CkptsurgError, match='"w": a drawn value is out of the range of F16'):
         reinitialised(tmp_path, base, {"normal": {"std": 1e6}})
     assert [path.name for path in tmp_path.iterdir()] == ["base.safetensors"]
+
+
+@pytest.mark.parametrize("init", ["default", {"default": "MultiheadAttention"}])
+def test_the_projection_out_of_attention(tmp_path, init):
+    attention = torch.nn.ModuleDict({"attn": torch.nn.MultiheadAttention(64, 4)})
+    safetensors.torch.save_file(
+        {name: tensor + 1 for name, tensor in attention.state_dict().items()}, tmp_path / "base.safetensors"
+    )
+    spec = {"version": 1, "reinit": [{"match": "attn", "init": init}]}
+    ckptsurg.rewrite(spec, tmp_path / "base.safetensors", tmp_path / "out.safetensors")
+    drawn = safetensors.torch.load_file(tmp_path / "out.safetensors")
+    for name, fresh in attention.state_dict().items():
+        assert float(drawn[name].std()) == pytest.approx(float(fresh.std()), rel=0.05), name

@@ -79,6 +79,19 @@ def test_where_it_cannot_be_the_larger_part_keeps_its_phase(tmp_path):
     assert kept == {name for name, _, _ in BLOCKS[1:]} and lost == {"block0"}
 
 
+def test_a_small_first_tensor_does_not_cost_the_phase(tmp_path):
+    sizes = [("a_head", "F32", 3), *BLOCKS]
+    assert _in_phase(tmp_path, sizes, {"drop": "block5"})[1] == set()
+
+
+def test_norms_bridge_the_classes_that_they_make(tmp_path):
+    """Every block moves the phase by the 512 bytes of its norm; a block that goes would shift all behind it."""
+    sizes = []
+    for i in range(12):
+        sizes += [(f"l.{i}.a", "BF16", 64 * 1024), (f"l.{i}.norm", "BF16", 256), (f"l.{i}.z", "BF16", 128 * 1024)]
+    assert _in_phase(tmp_path, sizes, {"drop": "l.5"})[1] == set()
+
+
 @pytest.mark.parametrize("dtype", ["U8", "BF16", "F64"])
 def test_an_odd_tail_does_not_misalign_what_is_drawn(tmp_path, dtype):
     sizes = [*BLOCKS, ("tail", "U8", 5)]

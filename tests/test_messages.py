@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -28,7 +30,6 @@ TYPOS = {
     ),
     "a key inside a rule": (
         "version: 1\nreinit:\n  - match: fc\n    inti: zeros\n",
-        'spec.yaml:3: reinit[0]: the key "init" is missing\n'
         'spec.yaml:4: reinit[0].inti: unknown key "inti"; nearest: init',
     ),
     "an initializer": (
@@ -135,6 +136,27 @@ TYPOS = {
         'add "!layer4.0.bn" to train\n'
         "spec.yaml:3: train: in neither freeze nor train: step, conv1.weight, "
         "decoder.layers.0.weight and 20 more; with both keys every tensor is in one",
+    ),
+    "a key without a value": (
+        "version: 1\nfreeze:\ndrop: fc\n",
+        "spec.yaml:2: freeze: nothing follows; give it a value, or leave the key out",
+    ),
+    "a sibling": (
+        'version: 1\nfreeze: [{match: "**", where: {beside: wieght}}]\n',
+        'spec.yaml:2: freeze[0].match: "**" matches 27 tensors, but none where beside: wieght; nearest: weight',
+    ),
+    "an argument's value": (
+        "version: 1\nreinit:\n  - {match: fc, init: {kaiming_normal: {nonlinearity: rellu}}}\n",
+        'spec.yaml:3: reinit[0].init: kaiming_normal: nonlinearity: "rellu" is not known; nearest: relu, selu',
+    ),
+    "a size": (
+        "version: 1\nreinit:\n  - {match: fc, shape: {0: -3}, init: zeros}\n",
+        "spec.yaml:3: reinit[0].shape: a size is a whole number from 0, found -3",
+    ),
+    "a regular expression in double quotes": (
+        'version: 1\nfreeze: "re:.*\\.w"\n',
+        "spec.yaml:2: not YAML: found unknown escape character; "
+        "a backslash stands for itself in single quotes: 're:.*'",
     ),
     "a tied head": (
         'version: 1\nfreeze: ["**", "!lm_head"]\n',
@@ -262,5 +284,28 @@ def test_slips_of_form_do_not_hide_what_does_not_fit(base, tmp_path):
         ckptsurg.plan(spec, base)
     assert {problem.path for problem in caught.value.problems} == {
         *("freez", "drop", "freeze[1].expct", "freeze[2]", "reinit[0]"),
-        *("reinit[1].init", "reinit[1].shape.4", "reinit[2]", "reinit[2].mach", "add[0].name", "add[1]"),
+        *("reinit[1].init", "reinit[1].shape.4", "reinit[2].mach", "add[0].name", "add[1]"),
     }
+
+
+def test_regular_expressions_see_one_name_at_a_time(tmp_path):
+    names = ["a.w", "a.b", "", "ab", "a\\b", "w", "x.w", "é.w"]
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "a.safetensors")
+    save_file({name: torch.zeros(1) for name in [*names, "two\nlines"]}, tmp_path / "b.safetensors")
+    for expression in (
+        r".*\.w",
+        r"[^a]*",
+        r"\Aa.*",
+        r"a.*\z",
+        r"(?i)A.*",
+        r"(?:a|x)\.w",
+        r"^w$",
+        r"a|w",
+        r"\W*|.*b",
+        r".*\s.*",
+    ):
+        for base, given in (("a", names), ("b", [*names, "two\nlines"])):
+            wanted = {name for name in given if re.fullmatch(expression.replace(r"\z", r"\Z"), name)}
+            item = {"match": f"re:{expression}", "optional": True}
+            plan = ckptsurg.plan({"version": 1, "freeze": [item]}, tmp_path / f"{base}.safetensors")
+            assert {tensor.name for tensor in plan.tensors if tensor.frozen} == wanted, expression

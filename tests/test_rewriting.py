@@ -421,5 +421,5 @@ def test_a_manifest_elsewhere(single, tmp_path):
     _refused("is the base", single, tmp_path / "d", manifest=single, overwrite=True)
     _refused("lies inside the output", single, tmp_path / "d", manifest=tmp_path / "d" / "m.json")
     (tmp_path / "no").write_text("a file, not a folder")
-    _refused("File exists", single, tmp_path / "d", ckptsurg.SystemFailure, manifest=tmp_path / "no" / "m.json")
+    _refused("a part of the path is a file", single, tmp_path / "d", manifest=tmp_path / "no" / "m.json")
     assert not (tmp_path / "d").exists()
