@@ -75,14 +75,16 @@ class Names:
         Raises:
             PatternError: if the pattern cannot be read or a slice is out of range.
         """
+        # Braces of a regular expression, or of a name, are its own.
+        whole = pattern in self._index or pattern.startswith("re:")
+        return [(one, self._alternative(one)) for one in ([pattern] if whole else expand_braces(pattern))]
+
+    def _alternative(self, pattern: str) -> BoolArray:
         if pattern in self._index:
-            return [(pattern, self._only(pattern))]
+            return self._only(pattern)
         if pattern.startswith("re:"):
-            return [(pattern, self._regex(pattern.removeprefix("re:")))]
-        return [
-            (alternative, self._only(alternative) if alternative in self._index else self._select(parse(alternative)))
-            for alternative in expand_braces(pattern)
-        ]
+            return self._regex(pattern.removeprefix("re:"))
+        return self._select(parse(pattern))
 
     def count(self, pattern: str) -> int:
         """How many names a pattern selects; 0 where it cannot be read."""
@@ -98,7 +100,7 @@ class Names:
         return mask
 
     def _regex(self, expression: str) -> BoolArray:
-        if self._lines is None or _SEES_LINES.search(expression):
+        if not self.names or self._lines is None or _SEES_LINES.search(expression):
             matches = _compile_regex(expression)
             return np.fromiter(map(matches, self.names), np.bool_, len(self))
         # All names at once, a line each: most of a single match is the way in and out of the library.

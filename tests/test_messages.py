@@ -309,3 +309,8 @@ def test_regular_expressions_see_one_name_at_a_time(tmp_path):
             item = {"match": f"re:{expression}", "optional": True}
             plan = ckptsurg.plan({"version": 1, "freeze": [item]}, tmp_path / f"{base}.safetensors")
             assert {tensor.name for tensor in plan.tensors if tensor.frozen} == wanted, expression
+
+
+def test_patterns_over_nothing_that_is_left(base):
+    with pytest.raises(ckptsurg.SpecError, match="matches nothing that is left: `drop` takes what it matches"):
+        ckptsurg.plan({"version": 1, "drop": "**", "freeze": "re:.*"}, base)
