@@ -243,7 +243,9 @@ class Names:
                     part = ".".join([*segments[:length], close])
                     found += [whole if self.count(whole) else part]
             break
-        if not found:
+        else:
+            length = 0
+        if not found and length == 0:  # further in, what there is at that place says more
             found += _close(pattern, list(self.names[:5000]))
         return list(dict.fromkeys(found))[:limit]
 

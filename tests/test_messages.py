@@ -68,6 +68,10 @@ TYPOS = {
         'version: 1\nfreeze: "bn.bias"\n',
         'spec.yaml:2: freeze: "bn.bias" matches nothing; nearest: **.bn.bias',
     ),
+    "a child that is not there": (
+        'version: 1\nfreeze: ["**", "!layer4.2"]\n',
+        'spec.yaml:2: freeze[1]: "!layer4.2" matches nothing; at that place there are: 0, 1',
+    ),
     "a slice out of range": (
         'version: 1\nfreeze: "decoder.layers[4:8]"\n',
         'spec.yaml:2: freeze: "decoder.layers[4:8]": [4:8] is out of range: "decoder.layers" has children 0..5',
