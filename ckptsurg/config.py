@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoints import read_small
-from .errors import CheckpointError, Problem, SpecError
+from .errors import CheckpointError, Problem, SpecError, UsageError
 from .parsing import parse_json
 from .spec import Spec
 from .wording import shown
@@ -69,9 +69,10 @@ def edited_config(spec: Spec, folder: Path | None) -> tuple[bytes | None, list[s
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
+    try:
+        raw = read_small(path, MAX_CONFIG_BYTES)
+    except UsageError:  # there is none
         return None
-    raw = read_small(path, MAX_CONFIG_BYTES)
     try:
         config = parse_json(raw.decode("utf-8"))
     except ValueError as failure:

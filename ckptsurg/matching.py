@@ -100,15 +100,13 @@ class Names:
         return mask
 
     def _regex(self, expression: str) -> BoolArray:
+        matches = _compile_regex(expression)
         if not self.names or self._lines is None or _SEES_LINES.search(expression):
-            matches = _compile_regex(expression)
             return np.fromiter(map(matches, self.names), np.bool_, len(self))
         # All names at once, a line each: most of a single match is the way in and out of the library.
         text, starts = self._lines
-        _compile_regex(expression)
-        found = _matching_lines(expression, text)
         mask = np.zeros(len(self), np.bool_)
-        mask[np.searchsorted(starts, found)] = True
+        mask[np.searchsorted(starts, _matching_lines(expression, text))] = True
         return mask
 
     @cached_property

@@ -126,10 +126,6 @@ def read_text(path: Path, error: type[DocumentError], *, limit: int = MAX_DOCUME
     return Text(label, *_Builder(content.removeprefix("\ufeff"), refuse).build())
 
 
-class _Number(str):
-    """A JSON number that is kept as written because it is no number for a document."""
-
-
 def parse_json(content: str, *, floats: bool = True) -> Any:
     """JSON as RFC 8259 has it: a key stands once, numbers are finite, nothing is nested without end.
 

@@ -14,7 +14,7 @@ from .checkpoints import Checkpoint, Extent
 from .config import CONFIG_NAME
 from .copying import Writer
 from .describing import base_files, record
-from .errors import Problem, SpecError
+from .errors import Problem, SpecError, system_failures
 from .initializer_arguments import Initializer
 from .initializers import Drawing, Undrawable, moments
 from .layout import Layout, OutputFile, lay_out
@@ -24,7 +24,7 @@ from .plans import Plan, PlannedTensor
 from .publishing import Staging, refuse_target, staged
 from .spec import Spec
 from .tensors import DTYPE_BITS, Digester
-from .wording import enumerate_names
+from .wording import enumerate_names, shown
 
 __all__ = ["overlay", "rewrite"]
 
@@ -68,13 +68,14 @@ def rewrite(
     """
     if manifest_at is not None and os.path.realpath(manifest_at) == os.path.realpath(manifest_path(out)):
         manifest_at = None
-    refuse_target(out, manifest_at, base, overwrite=overwrite)
+    with system_failures(shown(out)):
+        refuse_target(out, manifest_at, base, overwrite=overwrite)
+        beside_weights = sum(path.stat().st_size for path in others.values())
     single = out.name if is_file_output(out) else None
     layout = lay_out(plan.output, base, single=single, max_shard_size=max_shard_size)
     for warning in layout.warnings:
         _log.warning("%s", warning)
-    size = layout.size + sum(path.stat().st_size for path in others.values())
-    with staged(out, size) as staging:
+    with staged(out, layout.size + beside_weights) as staging:
         carrier = _Carrier(spec, plan, base, algorithm, Meter(layout.size, progress))
         for file in layout.files:
             with staging.create(file.name) as descriptor:
