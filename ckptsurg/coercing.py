@@ -123,7 +123,7 @@ def tensors_of(given: TensorsLike) -> Iterator[TensorSource]:
 
         yield source_of(given)
     elif torch is not None and isinstance(given, Mapping):
-        from .integrations.torch_tensors import TorchTensors
+        from .integrations.pytorch.tensors import TorchTensors
 
         if odd := [name for name, value in given.items() if not isinstance(value, torch.Tensor)]:
             message = f'"{shown(odd[0])}" of the state dict is a {type(given[odd[0]]).__name__}, not a tensor'

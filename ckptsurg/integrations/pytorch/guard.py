@@ -9,9 +9,9 @@ from typing import Protocol, Self
 
 import torch
 
-from ..errors import FrozenWeightsChanged, UsageError
-from ..report import Report
-from ..wording import enumerate_names, shown
+from ...errors import FrozenWeightsChanged, UsageError
+from ...report import Report
+from ...wording import enumerate_names, shown
 
 __all__ = ["Guard"]
 

@@ -15,16 +15,16 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ..errors import FreezeError, UsageError
-from ..manifest import Manifest
-from ..renaming import Renaming, align, common_prefix, renamed
-from ..report import Report
-from ..tensors import TensorSource
-from ..verifying import verify
-from ..wording import enumerate_names, shown
-from .torch_guard import Guard
-from .torch_holds import StaysInEvaluation, moves_in_training
-from .torch_tensors import TorchTensors, live_tensors, unreadable
+from ...errors import FreezeError, UsageError
+from ...manifest import Manifest
+from ...renaming import Renaming, align, common_prefix, renamed
+from ...report import Report
+from ...tensors import TensorSource
+from ...verifying import verify
+from ...wording import enumerate_names, shown
+from .guard import Guard
+from .holds import StaysInEvaluation, moves_in_training
+from .tensors import TorchTensors, live_tensors, unreadable
 
 __all__ = ["FrozenModel", "Guard", "freeze", "source_of"]
 
@@ -234,7 +234,7 @@ class FrozenModel:
             CheckpointError: if it is malformed.
         """
         if isinstance(baseline, str | os.PathLike):
-            from ..formats import open_checkpoint
+            from ...formats import open_checkpoint
 
             with open_checkpoint(Path(baseline)) as opened:
                 return self.verify(opened)

@@ -9,9 +9,9 @@ import torch
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..errors import FreezeError
-from ..tensors import CHUNK_BYTES, TensorInfo
-from ..wording import shown
+from ...errors import FreezeError
+from ...tensors import CHUNK_BYTES, TensorInfo
+from ...wording import shown
 
 __all__ = ["TorchTensors", "live_tensors", "unreadable"]
 
