@@ -2,7 +2,8 @@
 
 Data flows one way; each module knows only those further down in its line or below.
 
-    cli, demo                    arguments in, rendering out
+    cli, pytest_plugin           arguments in, rendering out
+    testing                      assertions for tests
     api, coercing                the public functions; paths or objects taken alike
     formats, integrations        how files, and how live models, become named tensors
     rewriting, verifying         carry a plan out; prove that frozen tensors have their bits
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .api import plan as plan
     from .api import rewrite as rewrite
     from .api import verify as verify
+    from .api import watch as watch
     from .api import write_manifest as write_manifest
     from .errors import CheckpointError as CheckpointError
     from .errors import CkptsurgError as CkptsurgError
@@ -74,6 +76,7 @@ _HOMES = {
     "plan": "api",
     "rewrite": "api",
     "verify": "api",
+    "watch": "api",
     "write_manifest": "api",
 }
 

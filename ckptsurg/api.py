@@ -24,6 +24,7 @@ from .coercing import (
     as_spec,
     as_spec_or_patterns,
     checkpoint_of,
+    is_model,
     tensors_of,
 )
 from .config import CONFIG_NAME, edited_config
@@ -44,7 +45,7 @@ from .wording import enumerate_names, shown
 if TYPE_CHECKING:
     import torch
 
-    from .integrations.pytorch import FrozenModel
+    from .integrations.pytorch import FrozenModel, Watch
 
 _log = logging.getLogger("ckptsurg")
 
@@ -60,6 +61,7 @@ __all__ = [
     "rewrite",
     "schema",
     "verify",
+    "watch",
     "write_manifest",
 ]
 
@@ -203,6 +205,7 @@ def verify(
     root: str | None = None,
     exact: bool = False,
     allow_widened: bool | None = None,
+    expect_trained: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Prove that every frozen tensor has the bits that the manifest records.
@@ -217,6 +220,7 @@ def verify(
         exact: Whether tensors that the manifest lacks, and trainable ones that are missing, count.
         allow_widened: Whether a tensor in a wider dtype with the same values is accepted; None accepts it in a live
             model and not in a file.
+        expect_trained: Whether trainable tensors that did not move, or are missing, count.
         progress: Called with the bytes read and the bytes in all.
 
     Raises:
@@ -228,8 +232,9 @@ def verify(
     document = as_manifest(manifest)
     if root is not None:
         verifying.check_root(document, root)
-    with tensors_of(ckpt_or_model) as trained, ExitStack() as stack:
-        before = stack.enter_context(tensors_of(baseline)) if baseline is not None else None
+    wanted = document.tensors.keys() if names is None else ()
+    with tensors_of(ckpt_or_model, wanted) as trained, ExitStack() as stack:
+        before = stack.enter_context(tensors_of(baseline, wanted)) if baseline is not None else None
         widened = not isinstance(trained, Checkpoint) if allow_widened is None else allow_widened
         return verifying.verify(
             document,
@@ -239,6 +244,8 @@ def verify(
             prefix=prefix,
             exact=exact,
             allow_widened=widened,
+            expect_trained=expect_trained,
+            witnessed={} if is_model(ckpt_or_model) else None,
             progress=progress,
         )
 
@@ -315,6 +322,40 @@ def freeze(
     from .integrations import pytorch
 
     return pytorch.freeze(model, as_manifest(manifest), names, extra, allow_widened=allow_widened)
+
+
+def watch(
+    model: torch.nn.Module,
+    freeze: str | Iterable[str | Mapping[str, Any]] | None = None,
+    *,
+    manifest: ManifestLike | None = None,
+    names: Renaming | None = None,
+    expect_trained: bool = False,
+) -> Watch:
+    """Watch a model that other code freezes, without changing it; use it in a ``with``.
+
+    At the end every frozen tensor has its bits, or FrozenWeightsChanged says which has not, where, and why.
+
+    Args:
+        model: The model.
+        freeze: Patterns of what must not move, over the model's own names; ``["**", "!fc"]``.
+        manifest: Instead of patterns, a manifest or its path.
+        names: From the model's names to the manifest's, where they differ.
+        expect_trained: Whether each trainable tensor has to move.
+
+    Raises:
+        SpecError: if the patterns do not fit.
+        ManifestError: if the manifest is not valid, or nothing in it is frozen.
+        UsageError: if both or neither of patterns and manifest are given.
+    """
+    from .integrations.pytorch import Watch
+
+    if (freeze is None) == (manifest is None):
+        raise UsageError("give either patterns of what is frozen, or a manifest")
+    if not is_model(model):
+        raise UsageError(f"expected a model of torch, found {shown(type(model).__name__)}")
+    document = as_manifest(manifest) if manifest is not None else make_manifest(freeze or (), model)
+    return Watch(model, document, names, expect_trained=expect_trained)
 
 
 def _plan(spec: Spec, base: Checkpoint) -> tuple[Plan, bytes | None]:

@@ -5,12 +5,13 @@ A cause that the evidence does not settle is None, never a guess.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from .comparing import Traits
 from .report import Difference
 
-__all__ = ["CAUSES", "Cause", "with_causes"]
+__all__ = ["CAUSES", "Cause", "Evidence", "explained", "moving_buffer", "reparametrised_as", "with_causes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,29 +28,247 @@ class Cause:
 
 
 CAUSES = {
+    "zero_grad_not_none": Cause(
+        "its gradient was zero instead of None, and momentum, Adam's averages and weight decay move what has one",
+        "freeze before the optimizer is built, and clear gradients with zero_grad(set_to_none=True)",
+    ),
+    "weight_decay": Cause(
+        "all values shrank by one ratio, as decay does to what gets no gradient",
+        "build the optimizer from the trainable parameters alone, or put the frozen ones into a group without decay",
+    ),
+    "late_freeze": Cause(
+        "requires_grad was turned off after the backward pass, so the gradient was there and the step used it",
+        "freeze before the backward pass, or set the gradient to None when freezing",
+    ),
+    "stale_optimizer": Cause(
+        "the optimizer holds a parameter that was replaced in the model since",
+        "build the optimizer after whatever replaces parameters: sharding, a new head, loading with assign=True",
+    ),
+    "optimizer_ignores_none": Cause(
+        "the optimizer moved a parameter that had no gradient",
+        "give this optimizer the trainable parameters alone",
+    ),
+    "never_frozen": Cause(
+        "its requires_grad was on from the beginning, and the optimizer moved it like any other",
+        "freeze with ckptsurg.freeze, which refuses patterns that match nothing and checks the flags",
+    ),
+    "reenabled": Cause(
+        "requires_grad was turned on again after the freeze",
+        "freeze after whatever turned it on, and build the optimizer after that",
+    ),
+    "tied": Cause(
+        "it shares its storage with a parameter that trains",
+        "freeze both or neither, or untie them",
+    ),
+    "reparametrised": Cause(
+        "a reparametrisation keeps it under other names and computes it anew",
+        "freeze before the reparametrisation or without it, or remove it before saving",
+    ),
     "batchnorm_stats": Cause(
         "running statistics are buffers, and follow the data whenever their layer is in training mode",
-        "ckptsurg.freeze keeps the layer in evaluation mode",
+        "freeze with ckptsurg.freeze, which keeps the layer in evaluation mode, and leave its `training` alone",
+    ),
+    "spectral_norm": Cause(
+        "spectral normalisation refines its vectors at every forward pass in training mode",
+        "freeze with ckptsurg.freeze, which keeps it in evaluation mode, and leave its `training` alone",
+    ),
+    "embedding_max_norm": Cause(
+        "the forward pass of an embedding with max_norm shrinks the rows that it looks up",
+        "renormalise once and set max_norm to None, or leave the embedding out of the freeze",
+    ),
+    "observer": Cause(
+        "a quantisation observer records the range of what it sees at every forward pass",
+        "turn observers off before freezing: model.apply(torch.ao.quantization.disable_observer)",
+    ),
+    "router_bias": Cause(
+        "load balancing writes the router's bias outside the optimizer",
+        "turn the update of the router's bias off, or let the bias train",
+    ),
+    "merge_roundtrip": Cause(
+        "an adapter was merged and unmerged, and rounding does not give every value back",
+        "save without merging, or keep the base weights and save the adapter alone",
+    ),
+    "ema_rounding": Cause(
+        "values moved by an ulp or so, as in a moving average of weights that stand still",
+        "leave frozen tensors out of the average, or save the model itself",
+    ),
+    "dtype_only": Cause(
+        "the values went through a cast to another dtype",
+        "save in the dtype of the published checkpoint",
+    ),
+    "sign_of_zero": Cause(
+        "zeros changed their sign, as adding 0.0 to -0.0 does",
+        "do not compute with frozen weights: copy them",
+    ),
+    "nan_payload": Cause(
+        "NaNs changed their bits, as any arithmetic on them may",
+        "do not compute with frozen weights: copy them",
+    ),
+    "not_saved": Cause(
+        "it was left out when the checkpoint was saved",
+        "save all parameters, not only those that train; or verify the base that it is loaded from",
     ),
 }
 
-_STATISTICS = frozenset(("running_mean", "running_var", "num_batches_tracked"))
+
+def explained(code: str) -> str:
+    """A cause with its explanation and remedy, in one line."""
+    return f"{code}: {CAUSES[code].explanation}; {CAUSES[code].remedy}"
 
 
-def with_causes(drifted: Sequence[Difference], names: Collection[str]) -> list[Difference]:
-    """The differences with their causes, where all of them together settle one.
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What is known of tensors that moved.
+
+    Attributes:
+        names: All names of the manifest.
+        given: What the other side calls its tensors, wrappers aside.
+        ranks: Number of dimensions of each frozen floating-point tensor.
+        live: Whether the other side is a live model.
+        witnessed: Causes that were seen while the model trained, by name.
+        traits: How each tensor changed, where a baseline shows it.
+        twins: Frozen tensors that were equal to a trainable one before, and are so after.
+        recognised: Whether any tensor of the manifest is there.
+    """
+
+    names: Collection[str]
+    given: Collection[str]
+    ranks: Mapping[str, int]
+    live: bool = False
+    witnessed: Mapping[str, str] = field(default_factory=dict)
+    traits: Mapping[str, Traits] = field(default_factory=dict)
+    twins: Collection[str] = ()
+    recognised: bool = True
+
+
+def with_causes(drifted: Sequence[Difference], evidence: Evidence) -> list[Difference]:
+    """The differences with their causes, where the evidence settles them.
 
     Args:
         drifted: Every frozen tensor that is not what it should be.
-        names: All names of the manifest.
+        evidence: What is known of them.
     """
-    moved = [difference for difference in drifted if difference.verdict == "changed"]
-    # Optimizers and casts do not single buffers out: where nothing else moved, the forward pass moved them.
-    if not moved or len(moved) < len(drifted) or not all(_is_statistic(one.name, names) for one in moved):
-        return list(drifted)
-    return [difference.model_copy(update={"cause": "batchnorm_stats"}) for difference in drifted]
+    if not drifted:
+        return []
+    settle = _Settling(drifted, evidence)
+    return [difference.model_copy(update={"cause": settle.cause(difference)}) for difference in drifted]
 
 
-def _is_statistic(name: str, names: Collection[str]) -> bool:
+class _Settling:
+    """Names causes in the light of everything that moved."""
+
+    def __init__(self, drifted: Sequence[Difference], evidence: Evidence) -> None:
+        self._evidence = evidence
+        self._moved = [one.name for one in drifted if one.verdict not in ("missing", "dtype_only")]
+        self._missing = {one.name for one in drifted if one.verdict == "missing"}
+        kinds = {name: moving_buffer(name, evidence.names) for name in self._moved}
+        # Optimizers, casts and averages do not single buffers out: where nothing else moved, the forward pass did it.
+        self._buffers = kinds if all(kinds.values()) else {}
+
+    def cause(self, difference: Difference) -> str | None:
+        name, evidence = difference.name, self._evidence
+        match difference.verdict:
+            case "missing":
+                return self._why_missing(name)
+            case "sign_of_zero" | "nan_payload" | "dtype_only":
+                return difference.verdict
+            case "dtype" | "changed":
+                traits = evidence.traits.get(name)
+                if traits is not None and traits.cast_to is not None:
+                    return "dtype_only"
+                if difference.verdict == "dtype":
+                    return None
+                return evidence.witnessed.get(name) or self._why_changed(name, traits)
+        return None
+
+    def _why_missing(self, name: str) -> str | None:
+        evidence = self._evidence
+        if reparametrised_as(name, evidence.given) is not None:
+            return "reparametrised"
+        # Where nothing is there, names differ, or it is another model: that is no omission.
+        return "not_saved" if evidence.recognised and not evidence.live else None
+
+    def _why_changed(self, name: str, traits: Traits | None) -> str | None:
+        if name in self._evidence.twins:
+            return "tied"
+        if (buffer := self._buffers.get(name)) is not None:
+            return buffer
+        if traits is None:
+            return None
+        if self._counted_on(name):
+            return "batchnorm_stats"
+        if traits.shrank_by_one_ratio:
+            return "weight_decay"
+        if self._all_moved(lambda other: other.within_ulps(4)) and self._moved_vectors():
+            return "ema_rounding"
+        if (
+            self._all_moved(lambda other: other.is_rounding_of_sums)
+            and self._held_vectors()
+            and not self._moved_vectors()
+        ):
+            return "merge_roundtrip"
+        return None
+
+    def _counted_on(self, name: str) -> bool:
+        """Whether it is a running statistic whose counter has gone up: only a forward pass counts."""
+        module, separator, leaf = name.rpartition(".")
+        counter = self._evidence.traits.get(f"{module}{separator}num_batches_tracked")
+        return leaf in _STATISTICS and counter is not None and counter.grew
+
+    def _all_moved(self, law: Callable[[Traits], bool]) -> bool:
+        return all(name in self._evidence.traits and law(self._evidence.traits[name]) for name in self._moved)
+
+    def _moved_vectors(self) -> bool:
+        return any(self._evidence.ranks.get(name) == 1 for name in self._moved)
+
+    def _held_vectors(self) -> bool:
+        gone = {*self._moved, *self._missing}
+        return any(rank == 1 and name not in gone for name, rank in self._evidence.ranks.items())
+
+
+_STATISTICS = frozenset(("running_mean", "running_var", "num_batches_tracked"))
+_OBSERVED = frozenset(
+    (
+        *("min_val", "max_val", "min_vals", "max_vals", "histogram", "scale", "zero_point", "amax_history"),
+        *("fake_quant_enabled", "observer_enabled"),
+    )
+)
+#: DeepSeek-V3 and its kin; Megatron-LM.
+_ROUTER_BIASES = frozenset(("e_score_correction_bias", "expert_bias", "expert_biases"))
+
+
+def moving_buffer(name: str, names: Collection[str]) -> str | None:
+    """What writes to a buffer in the forward pass, told by its name and its siblings; None for other tensors.
+
+    Args:
+        name: Of a tensor.
+        names: Of all tensors of its model.
+    """
     module, separator, leaf = name.rpartition(".")
-    return leaf in _STATISTICS and f"{module}{separator}running_mean" in names
+    start = module + separator
+    if leaf in _STATISTICS and f"{start}running_mean" in names:
+        return "batchnorm_stats"
+    if leaf in ("_u", "_v") and f"{start.removesuffix('0.')}original" in names:
+        return "spectral_norm"
+    if leaf.endswith(("_u", "_v")) and f"{start}{leaf[:-2]}_orig" in names:
+        return "spectral_norm"
+    if leaf in _OBSERVED and any(f"{start}{sibling}" in names for sibling in ("min_val", "fake_quant_enabled")):
+        return "observer"
+    return "router_bias" if leaf in _ROUTER_BIASES else None
+
+
+def reparametrised_as(name: str, given: Collection[str]) -> str | None:
+    """The name under which a reparametrisation keeps a tensor; None where there is none.
+
+    ``torch.nn.utils.parametrize`` moves ``weight`` to ``parametrizations.weight.original``; the older hooks and
+    pruning to ``weight_orig``, weight norm to ``weight_g`` and ``weight_v``.
+    """
+    module, separator, leaf = name.rpartition(".")
+    start = module + separator
+    candidates = (
+        f"parametrizations.{leaf}.original",
+        f"parametrizations.{leaf}.original0",
+        f"{leaf}_orig",
+        f"{leaf}_v",
+    )
+    return next((start + candidate for candidate in candidates if start + candidate in given), None)

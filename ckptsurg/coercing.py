@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
@@ -36,6 +36,7 @@ __all__ = [
     "as_spec",
     "as_spec_or_patterns",
     "checkpoint_of",
+    "is_model",
     "tensors_of",
 ]
 
@@ -114,14 +115,20 @@ def checkpoint_of(given: PathLike | Checkpoint) -> Iterator[Checkpoint]:
             yield opened
 
 
+def is_model(given: object) -> bool:
+    """Whether it is a live model."""
+    torch = sys.modules.get("torch")  # whoever has a model has imported it
+    return torch is not None and isinstance(given, torch.nn.Module)
+
+
 @contextmanager
-def tensors_of(given: TensorsLike) -> Iterator[TensorSource]:
-    """The tensors of a checkpoint, live model or state dict."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(given, torch.nn.Module):
+def tensors_of(given: TensorsLike, wanted: Collection[str] = ()) -> Iterator[TensorSource]:
+    """The tensors of a checkpoint, live model or state dict; of a model under these names, where it knows them."""
+    torch: Any = sys.modules.get("torch")
+    if is_model(given):
         from .integrations.pytorch import source_of
 
-        yield source_of(given)
+        yield source_of(cast(Any, given), wanted)
     elif torch is not None and isinstance(given, Mapping):
         from .integrations.pytorch.tensors import TorchTensors
 

@@ -7,11 +7,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from .checkpoints import Extent, read_extent
-from .tensors import CHUNK_BYTES, Buffer, Digester
+from .tensors import CHUNK_BYTES, Buffer
 
 __all__ = ["Writer", "write_all"]
+
+
+class Hashing(Protocol):
+    """What is told of every byte that is written."""
+
+    def update(self, data: Buffer, /) -> None: ...
 
 
 class Writer:
@@ -27,11 +34,11 @@ class Writer:
         self._descriptor, self._label, self._advance = descriptor, label, advance
         self._buffer = bytearray(CHUNK_BYTES)
 
-    def copy_range(self, extent: Extent, digester: Digester) -> None:
+    def copy_range(self, extent: Extent, digester: Hashing) -> None:
         """Copy a range of a file."""
         self.write_new(read_extent(extent, self._label, self._buffer), digester)
 
-    def write_new(self, chunks: Iterable[Buffer], digester: Digester | None = None) -> None:
+    def write_new(self, chunks: Iterable[Buffer], digester: Hashing | None = None) -> None:
         """Write new bytes."""
         for chunk in chunks:
             if digester is not None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from .checkpoints import Checkpoint
 from .errors import UsageError
-from .manifest import BaseFile, Manifest, Origin, SpecIdentity, TensorRecord
+from .manifest import BaseFile, FrozenRows, Manifest, Origin, SpecIdentity, TensorRecord
 from .metering import Meter, Progress
 from .plans import Action, Plan, PlannedTensor
 from .spec import Spec
-from .tensors import DTYPE_BITS, TensorSource, digest_of
+from .tensors import DTYPE_BITS, Buffer, Digester, TensorSource, row_span
 from .wording import shown
 
-__all__ = ["base_files", "describe", "record"]
+__all__ = ["Recorder", "base_files", "describe"]
 
 _ORIGINS: dict[Action, Origin] = {"copy": "copied", "reinit": "reinitialised", "add": "added"}
 
@@ -38,10 +38,12 @@ def describe(
             message = f'"{shown(tensor.name)}" is {tensor.dtype}, which safetensors does not have'
             raise UsageError(f"{source.label}: {message}")
     meter = Meter(sum(tensor.info.nbytes for tensor in plan.output), progress)
-    records = {
-        tensor.name: record(tensor, digest_of(meter.over(source.read(tensor.name)), algorithm))
-        for tensor in plan.output
-    }
+    records: dict[str, TensorRecord] = {}
+    for tensor in plan.output:
+        recorder = Recorder(tensor, algorithm)
+        for chunk in meter.over(source.read(tensor.name)):
+            recorder.update(chunk)
+        records[tensor.name] = recorder.record()
     files = base_files(source, algorithm) if isinstance(source, Checkpoint) else []
     if isinstance(source, Checkpoint):
         source.refuse_if_changed()
@@ -49,10 +51,35 @@ def describe(
     return Manifest.of(records, spec=identity, base=files, dropped=(), algorithm=algorithm)
 
 
-def record(tensor: PlannedTensor, digest: str) -> TensorRecord:
-    """A manifest's record of a planned tensor."""
-    origin = _ORIGINS[tensor.action]
-    return TensorRecord(dtype=tensor.dtype, shape=tensor.shape, frozen=tensor.frozen, origin=origin, digest=digest)
+class Recorder:
+    """A manifest's record of a planned tensor in the making: it is given all bytes of the tensor, in their order."""
+
+    def __init__(self, tensor: PlannedTensor, algorithm: str) -> None:
+        self._tensor, self._whole = tensor, Digester(algorithm)
+        self._rows, self._span, self._position = Digester(algorithm), (0, 0), 0
+        if tensor.rows is not None:
+            self._span = row_span(tensor.info, tensor.rows)
+
+    def update(self, data: Buffer) -> None:
+        self._whole.update(data)
+        start, stop = (max(place - self._position, 0) for place in self._span)
+        if start < stop:
+            self._rows.update(memoryview(data)[start:stop])
+        self._position += len(data)
+
+    def record(self) -> TensorRecord:
+        tensor = self._tensor
+        rows = None
+        if tensor.rows is not None:
+            rows = FrozenRows(start=tensor.rows[0], stop=tensor.rows[1], digest=str(self._rows))
+        return TensorRecord(
+            dtype=tensor.dtype,
+            shape=tensor.shape,
+            frozen=tensor.frozen,
+            origin=_ORIGINS[tensor.action],
+            digest=str(self._whole),
+            rows=rows,
+        )
 
 
 def base_files(base: Checkpoint, algorithm: str) -> list[BaseFile]:

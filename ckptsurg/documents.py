@@ -16,7 +16,7 @@ from .errors import DocumentError, Problem
 from .parsing import Place, Text, describe_place
 from .wording import shown
 
-__all__ = ["Document", "Model", "canonical_json", "fail", "suggest"]
+__all__ = ["Document", "Model", "canonical_json", "fail", "is_none", "suggest"]
 
 
 class Model(BaseModel):
@@ -76,6 +76,11 @@ class Document(Model):
     def to_json(self, *, indent: int | None = 1) -> str:
         """The document as JSON of ASCII characters alone, so that no name plays tricks on a terminal."""
         return json.dumps(self.model_dump(mode="json", by_alias=True, exclude_none=False), indent=indent)
+
+
+def is_none(value: object) -> bool:
+    """For ``exclude_if``: a key that says nothing is left out of the document."""
+    return value is None
 
 
 def fail(message: str) -> PydanticCustomError:

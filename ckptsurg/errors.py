@@ -15,7 +15,7 @@ The number is the exit code of the command line. ``hint`` says what to do next.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
@@ -119,9 +119,17 @@ class SystemFailure(CkptsurgError):
 
 
 class FrozenWeightsChanged(CkptsurgError):
-    """A frozen tensor does not have its bits any more, or the next step would move it."""
+    """A frozen tensor does not have its bits any more, or the next step would move it.
+
+    Attributes:
+        causes: The cause code of each tensor, where one is settled.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None, causes: Mapping[str, str] | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.causes = dict(causes or {})
 
 
 @contextmanager

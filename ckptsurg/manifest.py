@@ -11,15 +11,16 @@ from typing import Annotated, Literal, Self, TypeAlias
 from pydantic import ConfigDict, Field, PrivateAttr, StringConstraints, with_config
 from typing_extensions import TypedDict
 
-from .documents import Document, Model, canonical_json
+from .documents import Document, Model, canonical_json, is_none
 from .errors import ManifestError, Problem, UsageError, system_failures
 from .parsing import Text, parse_json, read_bytes
-from .tensors import DTYPE_BITS, TensorInfo, algorithm_of, digest_of
+from .tensors import DTYPE_BITS, Buffer, TensorInfo, algorithm_of, digest_of, row_span, section
 from .wording import enumerate_names, shown
 
 __all__ = [
     "MANIFEST_NAME",
     "BaseFile",
+    "FrozenRows",
     "Manifest",
     "Origin",
     "SpecIdentity",
@@ -37,15 +38,30 @@ DigestText: TypeAlias = Annotated[str, StringConstraints(pattern=r"^(blake3|sha2
 Origin: TypeAlias = Literal["copied", "reinitialised", "added"]
 
 
+class FrozenRows(Model):
+    """The part of a tensor that is frozen, along its first dimension.
+
+    Attributes:
+        start: The first row.
+        stop: The row after the last.
+        digest: Digest of the raw bytes of these rows.
+    """
+
+    start: Annotated[int, Field(ge=0)]
+    stop: Annotated[int, Field(ge=1)]
+    digest: DigestText
+
+
 class TensorRecord(Model):
     """One tensor of the output.
 
     Attributes:
         dtype: Its dtype, as the file spells it.
         shape: Size of each dimension.
-        frozen: Whether training must not change it.
+        frozen: Whether training must not change it, or not the rows that are named.
         origin: Where its bytes come from.
         digest: Digest of its raw little-endian bytes.
+        rows: The rows that are frozen, where the rest of the tensor trains.
     """
 
     dtype: str
@@ -53,10 +69,37 @@ class TensorRecord(Model):
     frozen: bool
     origin: Origin
     digest: DigestText
+    rows: FrozenRows | None = Field(default=None, exclude_if=is_none)
 
     @property
     def info(self) -> TensorInfo:
         return TensorInfo(self.dtype, self.shape)
+
+    @property
+    def trains(self) -> bool:
+        """Whether training may change it, if only in a part."""
+        return not self.frozen or self.rows is not None
+
+    @property
+    def held(self) -> TensorInfo:
+        """Dtype and shape of the frozen part."""
+        if self.rows is None:
+            return self.info
+        return TensorInfo(self.dtype, (self.rows.stop - self.rows.start, *self.shape[1:]))
+
+    @property
+    def held_digest(self) -> str:
+        """Digest of the frozen part."""
+        return self.digest if self.rows is None else self.rows.digest
+
+    def held_bytes(self, chunks: Iterable[Buffer], info: TensorInfo) -> Iterable[Buffer]:
+        """The frozen part of a tensor that stands for this one.
+
+        Args:
+            chunks: All its bytes.
+            info: Its dtype and shape, which may be wider and have more rows.
+        """
+        return chunks if self.rows is None else section(chunks, row_span(info, (self.rows.start, self.rows.stop)))
 
 
 class Tool(Model):
@@ -145,7 +188,7 @@ class Manifest(Document):
             spec=spec,
             base=tuple(base),
             root=root_of(ordered, algorithm),
-            frozen_root=root_of({name: record for name, record in ordered.items() if record.frozen}, algorithm),
+            frozen_root=frozen_root_of(ordered, algorithm),
             counts=_counts(ordered, gone),
             tensors=ordered,
             tied=_tied(ordered),
@@ -173,12 +216,34 @@ class Manifest(Document):
 
 
 def root_of(tensors: Mapping[str, TensorRecord], algorithm: str) -> str:
-    """Digest of one compact JSON array a line, ``[name, dtype, shape, frozen, digest]``, sorted by the name's UTF-8."""
+    """Digest of one compact JSON array a line, ``[name, dtype, shape, frozen, digest]``, sorted by the name's UTF-8.
+
+    A tensor that is frozen in a part has one more item, ``[start, stop, digest]`` of its rows.
+    """
+    return _digest_of_lines((_line(name, record, record.digest) for name, record in _by_name(tensors)), algorithm)
+
+
+def frozen_root_of(tensors: Mapping[str, TensorRecord], algorithm: str) -> str:
+    """The same over the frozen tensors; of one that is frozen in a part, the digest of the whole is null."""
     lines = (
-        canonical_json([name, record.dtype, list(record.shape), record.frozen, record.digest]) + b"\n"
-        for name, record in sorted(tensors.items(), key=lambda item: item[0].encode())
+        _line(name, record, None if record.trains else record.digest)
+        for name, record in _by_name(tensors)
+        if record.frozen
     )
-    return digest_of([b"".join(lines)], algorithm)
+    return _digest_of_lines(lines, algorithm)
+
+
+def _line(name: str, record: TensorRecord, digest: str | None) -> list[object]:
+    rows = [] if record.rows is None else [[record.rows.start, record.rows.stop, record.rows.digest]]
+    return [name, record.dtype, list(record.shape), record.frozen, digest, *rows]
+
+
+def _by_name(tensors: Mapping[str, TensorRecord]) -> list[tuple[str, TensorRecord]]:
+    return sorted(tensors.items(), key=lambda item: item[0].encode())
+
+
+def _digest_of_lines(lines: Iterable[list[object]], algorithm: str) -> str:
+    return digest_of([b"".join(canonical_json(line) + b"\n" for line in lines)], algorithm)
 
 
 def _counts(tensors: Mapping[str, TensorRecord], dropped: tuple[str, ...]) -> Counts:
@@ -195,7 +260,7 @@ def _counts(tensors: Mapping[str, TensorRecord], dropped: tuple[str, ...]) -> Co
 def _tied(tensors: Mapping[str, TensorRecord]) -> tuple[tuple[str, ...], ...]:
     groups: dict[str, list[str]] = defaultdict(list)
     for name, record in tensors.items():
-        if record.frozen and len(record.shape) >= 2:
+        if not record.trains and len(record.shape) >= 2:
             groups[record.digest].append(name)
     return tuple(tuple(names) for names in groups.values() if len(names) > 1)
 
@@ -246,9 +311,11 @@ def _contradictions(manifest: Manifest) -> Iterable[Problem]:
     for name, record in manifest.tensors.items():
         if record.dtype not in DTYPE_BITS:
             yield Problem(f"tensors.{shown(name)}.dtype", f'unknown dtype "{shown(record.dtype)}"')
-    digests = {"root": manifest.tensors, "frozen_root": manifest.frozen}
-    for key, tensors in digests.items():
-        found, written = root_of(tensors, manifest.algorithm), getattr(manifest, key)
+        rows = record.rows
+        if rows and not (record.frozen and record.shape and rows.start < rows.stop <= record.shape[0]):
+            yield Problem(f"tensors.{shown(name)}.rows", f"[{rows.start}:{rows.stop}] is no part of {record.info}")
+    for key, compute in (("root", root_of), ("frozen_root", frozen_root_of)):
+        found, written = compute(manifest.tensors, manifest.algorithm), getattr(manifest, key)
         if found != written:
             yield Problem(key, f"does not match the tensors: the manifest says {written}, they give {found}")
     counts = _counts(manifest.tensors, manifest.dropped)

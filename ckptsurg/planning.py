@@ -43,7 +43,7 @@ def plan(spec: Spec, source: TensorSource) -> Plan:
     fates = _Fates(findings, space)
     draws = _Draws(findings, left, fates.owners)
     planned = {name: _copied(name, info, fates) for name, info in left.items() if name not in fates.owners}
-    planned |= {name: _drawn(name, left[name], spec, rule, draws) for name, rule in fates.owners.items()}
+    planned |= {name: _drawn(name, left[name], spec, rule, draws, fates) for name, rule in fates.owners.items()}
     planned |= {name: _dropped(name, base[name], rule) for name, rule in dropped.items()}
     added = _added(findings, left, draws)
     draws.report_refusals()
@@ -144,7 +144,7 @@ class _Fates:
         spec, freeze, train = self._findings.spec, self._freeze, self._train
         for position, rule in enumerate(spec.reinit):
             mine, place = owner == position, ("reinit", position)
-            if not rule.frozen and (both := mine & freeze.mask).any():
+            if not rule.frozen and (both := mine & freeze.mask & ~self._kept(rule)).any():
                 remedy = f'add "!{shown(rule.match)}" to freeze'
                 self._claimed_twice(both, self._decider("freeze", freeze, both), place, remedy)
             if rule.frozen and (both := mine & train.mask).any():
@@ -165,6 +165,29 @@ class _Fates:
             names = [self._space.names.names[index] for index in np.flatnonzero(neither).tolist()]
             message = f"in neither freeze nor train: {enumerate_names(names, 3)}; with both keys every tensor is in one"
             self._findings.add(("train",), message)
+
+    def _kept(self, rule: ReinitRule) -> BoolArray:
+        """Tensors of which freeze names rows, which a rule that keeps the old ones does not draw, shape [names]."""
+        names = self._space.names.names
+        return np.array([rule.keep and name in self._freeze.rows for name in names], np.bool_)
+
+    def rows(self, name: str, shape: Sequence[int]) -> tuple[int, int] | None:
+        """Which rows are frozen of a tensor of this shape; None for all, or none, of them."""
+        rows = self._freeze.rows.get(name)
+        return None if rows is not None and rows == (0, shape[0]) else rows
+
+    def names_rows(self, name: str) -> bool:
+        """Whether freeze names rows of a tensor."""
+        return name in self._freeze.rows
+
+    def check_kept(self, name: str, old: TensorInfo, new: TensorInfo) -> None:
+        """Report frozen rows that a rule with ``keep`` does not keep."""
+        rows = self._freeze.rows.get(name)
+        if rows is None or (old.shape[1:] == new.shape[1:] and rows[1] <= new.shape[0]):
+            return
+        position = int(self._freeze.item[self._space.names.names.index(name)])
+        message = f"{shown(name)} goes from {old} to {new}: the frozen rows are not kept whole"
+        self._findings.add(("freeze", position, "rows"), message)
 
     def _claimed_twice(self, both: BoolArray, one: Place, other: Place, remedy: str) -> None:
         self._findings.claimed_twice(both, self._space, one, other, remedy)
@@ -247,26 +270,33 @@ class _Draws:
 
 def _copied(name: str, info: TensorInfo, fates: _Fates) -> PlannedTensor:
     frozen, rule = fates.copied[name]
-    return PlannedTensor(name=name, action="copy", frozen=frozen, dtype=info.dtype, shape=info.shape, rule=rule)
+    rows = fates.rows(name, info.shape) if frozen else None
+    return PlannedTensor(
+        name=name, action="copy", frozen=frozen, dtype=info.dtype, shape=info.shape, rule=rule, rows=rows
+    )
 
 
 def _dropped(name: str, info: TensorInfo, rule: str | None) -> PlannedTensor:
     return PlannedTensor(name=name, action="drop", frozen=False, dtype=info.dtype, shape=info.shape, rule=rule)
 
 
-def _drawn(name: str, old: TensorInfo, spec: Spec, position: int, draws: _Draws) -> PlannedTensor:
+def _drawn(name: str, old: TensorInfo, spec: Spec, position: int, draws: _Draws, fates: _Fates) -> PlannedTensor:
     rule, info = spec.reinit[position], draws.shapes[name]
+    rows = fates.rows(name, info.shape) if rule.keep and not rule.frozen else None
+    if rule.keep:
+        fates.check_kept(name, old, info)
     init = draws.resolved(name, info, rule.init, ("reinit", position, "init"))
     return PlannedTensor(
         name=name,
         action="reinit",
-        frozen=rule.frozen,
+        frozen=rule.frozen or (rule.keep and fates.names_rows(name)),
         dtype=info.dtype,
         shape=info.shape,
         rule=spec.written(("reinit", position)),
         init=init,
         keep=rule.keep,
         old_shape=old.shape,
+        rows=rows,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
-from .documents import Document, Model
+from .documents import Document, Model, is_none
 from .initializer_arguments import Init
 from .tensors import TensorInfo
 
@@ -29,6 +29,7 @@ class PlannedTensor(Model):
         init: What is drawn, with ``default`` written out.
         keep: Whether the part that overlaps the old tensor keeps its bits.
         old_shape: The base's shape of a reinitialised tensor.
+        rows: First of the frozen rows and the one after the last, where only a part is frozen.
     """
 
     name: str
@@ -40,6 +41,7 @@ class PlannedTensor(Model):
     init: Init | None = None
     keep: bool = False
     old_shape: tuple[int, ...] | None = None
+    rows: tuple[int, int] | None = Field(default=None, exclude_if=is_none)
 
     @property
     def info(self) -> TensorInfo:

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import Field
 
-from .documents import Document, Model
+from .documents import Document, Model, is_none
 from .errors import FrozenWeightsChanged
 from .wording import counted, enumerate_names, shown
 
@@ -93,6 +93,7 @@ class Report(Document):
         drifted: Those that have not; also, accepted, those that only became wider.
         extra: Tensors that the manifest lacks.
         missing_trainable: Trainable tensors that are missing.
+        untrained: Trainable tensors that did not move; None where that was not asked.
     """
 
     version: Literal[1] = Field(default=1, description="Version of this document's form.")
@@ -101,15 +102,21 @@ class Report(Document):
     drifted: tuple[Difference, ...] = ()
     extra: tuple[str, ...] = ()
     missing_trainable: tuple[str, ...] = ()
+    untrained: tuple[str, ...] | None = Field(default=None, exclude_if=is_none)
 
     def __repr__(self) -> str:
         drifted = enumerate_names(difference.name for difference in self.drifted)
         return f"Report(ok={self.ok}, verified={self.verified}, drifted=[{drifted}])"
 
-    def raise_if_changed(self) -> None:
-        """Raise FrozenWeightsChanged, naming every tensor, if the report is not ``ok``."""
+    def raise_if_changed(self, when: str = "") -> None:
+        """Raise FrozenWeightsChanged, naming every tensor, if the report is not ``ok``.
+
+        Args:
+            when: Said before the message: ``after step 7, ``.
+        """
         if not self.ok:
-            raise FrozenWeightsChanged(self.summary())
+            causes = {difference.name: difference.cause for difference in self.drifted if difference.cause}
+            raise FrozenWeightsChanged(when + self.summary(), causes=causes)
 
     def summary(self, limit: int = 20) -> str:
         """What is wrong, a tensor a line."""
@@ -117,6 +124,9 @@ class Report(Document):
             count = sum(difference.verdict != "dtype_only" for difference in self.drifted) or len(self.drifted)
             head = f"{counted(count, 'frozen tensor')} changed:"
             lines = [difference.describe() for difference in self.drifted]
+        elif self.untrained:
+            head = f"{counted(len(self.untrained), 'trainable tensor')} did not move:"
+            lines = [shown(name) for name in self.untrained]
         else:
             head = "not exactly the manifest's tensors:"
             lines = [f"{shown(name)}: is not in the manifest" for name in self.extra]

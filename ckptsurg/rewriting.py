@@ -13,7 +13,7 @@ from pathlib import Path
 from .checkpoints import Checkpoint, Extent
 from .config import CONFIG_NAME
 from .copying import Writer
-from .describing import base_files, record
+from .describing import Recorder, base_files
 from .errors import Problem, SpecError, system_failures
 from .initializer_arguments import Initializer
 from .initializers import Drawing, Undrawable, moments
@@ -23,7 +23,7 @@ from .metering import Meter, Progress
 from .plans import Plan, PlannedTensor
 from .publishing import Staging, refuse_target, staged
 from .spec import Spec
-from .tensors import DTYPE_BITS, Digester
+from .tensors import DTYPE_BITS
 from .wording import enumerate_names, shown
 
 __all__ = ["overlay", "rewrite"]
@@ -155,29 +155,29 @@ class _Carrier:
         writer = Writer(descriptor, self._base.label, self._meter.advance)
         writer.write_new([file.header])
         for tensor in file.tensors:
-            digester = Digester(self._algorithm)
+            recorder = Recorder(tensor, self._algorithm)
             if tensor.action == "copy":
-                writer.copy_range(self._base.extents[tensor.name], digester)
+                writer.copy_range(self._base.extents[tensor.name], recorder)
             else:
                 try:
-                    self._draw(tensor, writer, digester)
+                    self._draw(tensor, writer, recorder)
                 except Undrawable as error:
                     raise SpecError(self._spec.label, [Problem(tensor.rule or "", str(error))]) from None
-            self.records[tensor.name] = record(tensor, str(digester))
+            self.records[tensor.name] = recorder.record()
 
-    def _draw(self, tensor: PlannedTensor, writer: Writer, digester: Digester) -> None:
+    def _draw(self, tensor: PlannedTensor, writer: Writer, recorder: Recorder) -> None:
         assert tensor.init is not None
         drawing = Drawing(self._seed, tensor.name, tensor.info, self._filled(tensor, tensor.init))
         if not tensor.keep:
-            writer.write_new(drawing.read(0, tensor.info.elements), digester)
+            writer.write_new(drawing.read(0, tensor.info.elements), recorder)
             return
         extent, old = self._base.extents[tensor.name], self._base.tensors[tensor.name]
         size = DTYPE_BITS[tensor.dtype] // 8
         for is_old, start, length in overlay(old.shape, tensor.shape):
             if is_old:
-                writer.copy_range(Extent(extent.file, extent.offset + start * size, length * size), digester)
+                writer.copy_range(Extent(extent.file, extent.offset + start * size, length * size), recorder)
             else:
-                writer.write_new(drawing.read(start, start + length), digester)
+                writer.write_new(drawing.read(start, start + length), recorder)
 
     def _filled(self, tensor: PlannedTensor, init: Initializer) -> Initializer:
         """``like`` with the old tensor's mean and standard deviation filled in."""

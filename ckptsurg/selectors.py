@@ -13,8 +13,8 @@ from .errors import Problem
 from .matching import BoolArray, IntArray, Names
 from .parsing import Place
 from .patterns import OutOfRange, PatternError
-from .spec import Item, Spec, Where
-from .tensors import TensorInfo
+from .spec import FreezeItem, Item, Spec, Where
+from .tensors import DTYPE_BITS, TensorInfo
 from .wording import counted, enumerate_names, shown
 
 __all__ = ["Selection", "Space", "module_and_leaf", "select"]
@@ -60,12 +60,14 @@ class Selection:
     Attributes:
         mask: Which names are selected, shape [names].
         item: Which item decided on each name last, shape [names]; -1 where none did.
+        rows: First row and the one after the last, of names of which the item selects a part.
         problems: What is wrong with the selector.
         notes: What is likely not meant.
     """
 
     mask: BoolArray
     item: IntArray
+    rows: Mapping[str, tuple[int, int]]
     problems: Sequence[Problem]
     notes: Sequence[str]
 
@@ -75,6 +77,7 @@ def select(spec: Spec, place: Place, items: Sequence[Item], space: Space) -> Sel
     count = len(space.names)
     mask = np.zeros(count, np.bool_)
     decided = np.full(count, -1, np.int64)
+    rows: dict[str, tuple[int, int]] = {}
     problems: list[Problem] = []
     notes: list[str] = []
     for position, item in enumerate(items):
@@ -114,8 +117,39 @@ def select(spec: Spec, place: Place, items: Sequence[Item], space: Space) -> Sel
             problems.append(spec.problem((*here, "expect"), f"{message}: {enumerate_names(names, 3)}"))
         mask = mask & ~total if negative else mask | total
         decided[total] = position
+        names = [space.names.names[index] for index in np.flatnonzero(total).tolist()] if rows or _rows_of(item) else []
+        for name in names:
+            rows.pop(name, None)
+        if (written := _rows_of(item)) is not None:
+            ranges = {name: _resolved_rows(written, name, space.tensors[name]) for name in names}
+            wrong = [found for found in ranges.values() if isinstance(found, str)]
+            if negative:
+                wrong = ["says which rows are frozen; without !, the rest of the tensor trains"]
+            problems += [spec.problem((*here, "rows"), f'"{shown(written)}" {found}') for found in wrong[:3]]
+            rows |= {name: found for name, found in ranges.items() if not isinstance(found, str)}
         notes += _slips(spec.written(here), item, pattern, total, space)
-    return Selection(mask, decided, problems, notes)
+    return Selection(mask, decided, rows, problems, notes)
+
+
+def _rows_of(item: Item) -> str | None:
+    return item.rows if isinstance(item, FreezeItem) else None
+
+
+def _resolved_rows(written: str, name: str, info: TensorInfo) -> tuple[int, int] | str:
+    """A slice such as ``[:32000]`` over the rows of one tensor; or, in words, why it is none."""
+    if not info.shape:
+        return f"is a range of rows, and {shown(name)} has no dimensions"
+    count = info.shape[0]
+    first, separator, last = written[1:-1].partition(":")
+    start, stop = (int(text) if text else default for text, default in ((first, 0), (last, count)))
+    start, stop = (place + count if place < 0 else place for place in (start, stop))
+    if not separator:
+        stop = start + 1
+    if not 0 <= start < stop <= count:
+        return f"is no range of the {counted(count, 'row')} of {shown(name)}"
+    if TensorInfo(info.dtype, info.shape[1:]).elements * DTYPE_BITS.get(info.dtype, 8) % 8:
+        return f"would part a byte of {shown(name)}, whose dtype is {info.dtype}"
+    return start, stop
 
 
 def _filtered(hit: BoolArray, where: Where | None, space: Space) -> BoolArray:

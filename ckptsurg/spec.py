@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, WithJsonSchema
 
-from .documents import Document, Model, canonical_json, fail, suggest
+from .documents import Document, Model, canonical_json, fail, is_none, suggest
 from .errors import Problem, SpecError
 from .initializer_arguments import Init
 from .parsing import Place, Text, describe_place, read_text
@@ -20,6 +21,7 @@ from .wording import shown
 __all__ = [
     "AddRule",
     "ConfigEdits",
+    "FreezeItem",
     "Item",
     "ReinitRule",
     "Spec",
@@ -79,9 +81,30 @@ def _items(value: object) -> object:
     return tuple({"match": item} if isinstance(item, str) else item for item in listed)
 
 
-_ItemInput: TypeAlias = str | Item
+def _rows(value: object) -> object:
+    if not isinstance(value, str) or not re.fullmatch(
+        r"\[(?:-?[0-9]{1,18}|(?:-?[0-9]{1,18})?:(?:-?[0-9]{1,18})?)\]", value
+    ):
+        raise fail(f'expected a range of rows in quotes, such as "[:32000]", found {shown(json.dumps(value), 40)}')
+    return value
+
+
+class FreezeItem(Item):
+    """A pattern of `freeze`.
+
+    Attributes:
+        rows: Which part along the first dimension is frozen, as a Python slice without a step: ``[:32000]``; the rest
+            of the tensor trains. None freezes the whole tensor.
+    """
+
+    rows: Annotated[str, BeforeValidator(_rows)] | None = Field(default=None, exclude_if=is_none)
+
+
 Selector: TypeAlias = Annotated[
-    tuple[Item, ...], BeforeValidator(_items, json_schema_input_type=_ItemInput | list[_ItemInput])
+    tuple[Item, ...], BeforeValidator(_items, json_schema_input_type=str | Item | list[str | Item])
+]
+FreezeSelector: TypeAlias = Annotated[
+    tuple[FreezeItem, ...], BeforeValidator(_items, json_schema_input_type=str | FreezeItem | list[str | FreezeItem])
 ]
 
 
@@ -173,7 +196,7 @@ class Spec(Document):
     name: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     drop: Selector | None = None
-    freeze: Selector | None = None
+    freeze: FreezeSelector | None = None
     train: Selector | None = None
     reinit: tuple[ReinitRule, ...] = ()
     add: tuple[AddRule, ...] = ()

@@ -20,6 +20,8 @@ __all__ = [
     "TensorSource",
     "algorithm_of",
     "digest_of",
+    "row_span",
+    "section",
 ]
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -143,6 +145,30 @@ def digest_of(chunks: Iterable[Buffer], algorithm: str = "blake3") -> str:
     for chunk in chunks:
         digester.update(chunk)
     return str(digester)
+
+
+def row_span(info: TensorInfo, rows: tuple[int, int]) -> tuple[int, int]:
+    """First byte of a range of rows and the one after its last.
+
+    Args:
+        info: Of the tensor; rows are along its first dimension, and each fills whole bytes.
+        rows: The first row, and the one after the last.
+    """
+    row = TensorInfo(info.dtype, info.shape[1:]).nbytes
+    return rows[0] * row, rows[1] * row
+
+
+def section(chunks: Iterable[Buffer], span: tuple[int, int]) -> Iterator[Buffer]:
+    """The bytes of chunks from the first of the span up to its second number."""
+    start, stop = span
+    position = 0
+    for chunk in chunks:
+        first, last = max(start - position, 0), min(stop - position, len(chunk))
+        if first < last:
+            yield memoryview(chunk)[first:last]
+        position += len(chunk)
+        if position >= stop:
+            return
 
 
 def algorithm_of(digest: str) -> str:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NoReturn
 
-from .causes import with_causes
-from .comparing import compare, is_wider, narrowed_digest, same_bits
+from .causes import Evidence, with_causes
+from .comparing import FLOATS, Traits, compare, is_wider, narrowed_digest, same_bits, was_cast
 from .errors import CheckpointError, UsageError
 from .manifest import Manifest, TensorRecord
 from .metering import Meter, Progress
-from .renaming import Renaming, align, common_prefix, renamed
+from .renaming import Renaming, align, common_prefix, renamed, unwrapped
 from .report import Difference, DiffReport, Report
 from .tensors import Buffer, TensorInfo, TensorSource, algorithm_of, digest_of
 from .wording import shown
@@ -37,6 +37,8 @@ def verify(
     prefix: str | None = None,
     exact: bool = False,
     allow_widened: bool = False,
+    expect_trained: bool = False,
+    witnessed: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Prove that every frozen tensor has the bits that the manifest records.
@@ -49,6 +51,8 @@ def verify(
         prefix: Taken off the names of ``trained``.
         exact: Whether tensors that the manifest lacks, and trainable ones that are missing, count.
         allow_widened: Whether a tensor in a wider dtype with the same values is accepted.
+        expect_trained: Whether trainable tensors that did not move, or are missing, count.
+        witnessed: Of a live model, causes that were seen while it trained, by name; None for what was saved.
         progress: Told how many bytes are read.
 
     Raises:
@@ -60,45 +64,118 @@ def verify(
     partners = align(manifest.tensors, renamed(given, names, prefix))
     frozen = manifest.frozen
     before = None if baseline is None else _Baseline(manifest, baseline)
-    meter = Meter(sum(record.info.nbytes for name, record in frozen.items() if name in partners), progress)
+    trainable = {name: record for name, record in manifest.tensors.items() if record.trains} if expect_trained else {}
+    read = [
+        record.info.nbytes for records in (frozen, trainable) for name, record in records.items() if name in partners
+    ]
+    meter = Meter(sum(read), progress)
     drifted: list[Difference] = []
+    traits: dict[str, Traits] = {}
     for name, record in frozen.items():
         partner = partners.get(name)
         if partner is None:
             drifted.append(Difference(name=name, verdict="missing"))
             continue
         difference = _check(name, record, trained, partner, meter)
-        if difference is not None and difference.verdict == "changed" and before is not None:
-            difference = before.locate(difference, record, trained, partner)
+        if difference is not None and before is not None:
+            difference, how = before.locate(difference, record, trained, partner)
+            if how is not None:
+                traits[name] = how
         if difference is not None:
             drifted.append(difference)
-    drifted = with_causes(_without_absent_twins(manifest, drifted), manifest.tensors)
+    drifted = _without_absent_twins(manifest, drifted)
+    evidence = Evidence(
+        names=manifest.tensors.keys(),
+        given={unwrapped(name) for name in given} if drifted else (),
+        ranks={name: len(record.shape) for name, record in frozen.items() if record.dtype in FLOATS},
+        live=witnessed is not None,
+        witnessed=witnessed or {},
+        traits=traits,
+        twins=_moving_twins(manifest, drifted, trained, partners),
+        recognised=bool(partners),
+    )
+    drifted = with_causes(drifted, evidence)
     if not any(name in partners for name in frozen):
         drifted = _with_prefix_hint(manifest, drifted, given)
     taken = set(partners.values())
     extra = tuple(name for name in given if name not in taken)
     lacking = tuple(name for name, record in manifest.tensors.items() if not record.frozen and name not in partners)
+    untrained = tuple(_untrained(trainable, trained, partners, meter)) if expect_trained else None
     accepted = {"dtype_only"} if allow_widened else set()
     ok = all(difference.verdict in accepted for difference in drifted) and not (exact and (extra or lacking))
+    ok = ok and not untrained
     verified = len(frozen) - sum(difference.verdict not in accepted for difference in drifted)
-    return Report(ok=ok, verified=verified, drifted=tuple(drifted), extra=extra, missing_trainable=lacking)
+    return Report(
+        ok=ok,
+        verified=verified,
+        drifted=tuple(drifted),
+        extra=extra,
+        missing_trainable=lacking,
+        untrained=untrained,
+    )
 
 
 def _check(name: str, record: TensorRecord, trained: TensorSource, partner: str, meter: Meter) -> Difference | None:
     """One frozen tensor against its record; None if it has its dtype, shape and bits."""
     info, algorithm = trained.tensors[partner], algorithm_of(record.digest)
     expected = {"expected": str(record.info), "found": str(info)}
-    if info.shape != record.shape:
+    if not _has_room(info, record):
         return Difference(name=name, verdict="shape", detail=expected)
+    held = record.held_bytes(meter.over(trained.read(partner)), info)
     if info.dtype != record.dtype:
-        if is_wider(info.dtype, record.dtype):
-            digest = narrowed_digest(meter.over(trained.read(partner)), info.dtype, record.dtype, algorithm)
-            if digest == record.digest:
-                return Difference(name=name, verdict="dtype_only", detail=expected)
-        return Difference(name=name, verdict="dtype", detail=expected)
-    if digest_of(meter.over(trained.read(partner)), algorithm) == record.digest:
+        widened = is_wider(info.dtype, record.dtype) and (
+            narrowed_digest(held, info.dtype, record.dtype, algorithm) == record.held_digest
+        )
+        return Difference(name=name, verdict="dtype_only" if widened else "dtype", detail=expected)
+    if digest_of(held, algorithm) == record.held_digest:
         return None
     return Difference(name=name, verdict="changed")
+
+
+def _has_room(info: TensorInfo, record: TensorRecord) -> bool:
+    """Whether a tensor has the shape of its record; where rows are frozen, others may have been added or taken away."""
+    if record.rows is None or not info.shape:
+        return info.shape == record.shape
+    return info.shape[1:] == record.shape[1:] and info.shape[0] >= record.rows.stop
+
+
+def _untrained(
+    trainable: Mapping[str, TensorRecord], trained: TensorSource, partners: Mapping[str, str], meter: Meter
+) -> Iterator[str]:
+    """Trainable tensors of numbers with fractions that are what they were, or are not there."""
+    moved = set()
+    still = []
+    for name, record in trainable.items():
+        if record.dtype not in FLOATS or not record.info.elements:
+            continue
+        partner = partners.get(name)
+        if partner is not None and trained.tensors[partner] == record.info:
+            digest = digest_of(meter.over(trained.read(partner)), algorithm_of(record.digest))
+            if digest == record.digest:
+                still.append(name)
+            else:
+                moved.add(record.digest)
+        elif partner is None:
+            still.append(name)
+    # Of tied tensors a saver writes one.
+    return (name for name in still if name in partners or trainable[name].digest not in moved)
+
+
+def _moving_twins(
+    manifest: Manifest, drifted: Iterable[Difference], trained: TensorSource, partners: Mapping[str, str]
+) -> set[str]:
+    """Frozen tensors that moved and are equal to a trainable one, as they were before: the two are one in the model."""
+    changed = {one.name: manifest.tensors[one.name] for one in drifted if one.verdict == "changed"}
+    changed = {name: record for name, record in changed.items() if len(record.shape) >= 2 and record.rows is None}
+    by_digest = {record.digest: name for name, record in changed.items()}
+    found = set()
+    for other, record in manifest.tensors.items():
+        name = by_digest.get(record.digest)
+        if name is None or record.frozen or other not in partners:
+            continue
+        if same_bits(trained.read(partners[name]), trained.read(partners[other])):
+            found.add(name)
+    return found
 
 
 class _Baseline:
@@ -121,15 +198,33 @@ class _Baseline:
             hint="the baseline is the output that the manifest was published with",
         )
 
-    def locate(self, difference: Difference, record: TensorRecord, trained: TensorSource, partner: str) -> Difference:
-        """A change with its place and size."""
-        own = self._partners[difference.name]
+    def locate(
+        self, difference: Difference, record: TensorRecord, trained: TensorSource, partner: str
+    ) -> tuple[Difference, Traits | None]:
+        """A change with its place, its size and its traits."""
+        if difference.verdict not in ("changed", "dtype"):
+            return difference, None
+        own, info = self._partners[difference.name], trained.tensors[partner]
         if digest_of(self._source.read(own), algorithm_of(record.digest)) != record.digest:
             self._refuse(difference.name, "has other bits")
-        found = compare(_reader(self._source, own), _reader(trained, partner), record.info)
+
+        def before() -> Iterator[Buffer]:
+            return iter(record.held_bytes(self._source.read(own), record.info))
+
+        def after() -> Iterator[Buffer]:
+            return iter(record.held_bytes(trained.read(partner), info))
+
+        if difference.verdict == "dtype":
+            cast = was_cast(before, after, record.dtype, info.dtype)
+            return difference, Traits(changed=1, casts=(info.dtype,)) if cast else None
+        found = compare(before, after, record.held)
         if found is None:
-            return difference
-        return Difference(name=difference.name, verdict=found[0], detail=found[1])
+            return difference, None
+        verdict, detail, traits = found
+        if record.rows is not None:
+            first, *rest = detail.first_index
+            detail = detail.model_copy(update={"first_index": (first + record.rows.start, *rest)})
+        return Difference(name=difference.name, verdict=verdict, detail=detail), traits
 
 
 def _without_absent_twins(manifest: Manifest, drifted: list[Difference]) -> list[Difference]:
@@ -165,6 +260,7 @@ def diff(a: TensorSource, b: TensorSource, *, progress: Progress | None = None) 
     """
     meter = Meter(sum(info.nbytes for name, info in a.tensors.items() if b.tensors.get(name) == info), progress)
     differences: list[Difference] = []
+    traits: dict[str, Traits] = {}
     for name, info in a.tensors.items():
         other = b.tensors.get(name)
         if other is None:
@@ -176,6 +272,14 @@ def diff(a: TensorSource, b: TensorSource, *, progress: Progress | None = None) 
             if found is None:
                 raise CheckpointError(f'{a.label}, {b.label}: "{shown(name)}" changed while it was compared')
             differences.append(Difference(name=name, verdict=found[0], detail=found[1]))
+            traits[name] = found[2]
+    evidence = Evidence(
+        names=a.tensors.keys(),
+        given=b.tensors.keys(),
+        ranks={name: len(info.shape) for name, info in a.tensors.items() if info.dtype in FLOATS},
+        traits=traits,
+    )
+    differences = with_causes(differences, evidence)
     differences += [Difference(name=name, verdict="added") for name in b.tensors if name not in a.tensors]
     return DiffReport(ok=not differences, tensors=tuple(differences))
 

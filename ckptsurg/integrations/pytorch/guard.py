@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Protocol, Self
 
 import torch
 
+from ...causes import CAUSES
 from ...errors import FrozenWeightsChanged, UsageError
 from ...report import Report
 from ...wording import enumerate_names, shown
+from .rows import put_back
 
 __all__ = ["Guard"]
 
@@ -19,71 +22,85 @@ __all__ = ["Guard"]
 class Watched(Protocol):
     """What a guard asks of a frozen model."""
 
-    def frozen_tensors(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+    def before_step(self, optimizer: torch.optim.Optimizer) -> Mapping[str, str]:
+        """What is wrong before a step: cause codes by name."""
 
-    def moving_modules(self) -> list[str]: ...
+    def after_step(self) -> None:
+        """The step is over."""
 
-    def verify(self) -> Report: ...
+    def moved(self) -> list[str]:
+        """Frozen tensors whose fingerprint is another than when they were frozen."""
+
+    def mark(self) -> None:
+        """Take the fingerprints anew."""
+
+    def verify(self, *, expect_trained: bool = False) -> Report: ...
 
 
 class Guard:
-    """Watches an optimizer. Before each step it looks at flags and gradients, without reading a tensor.
+    """Watches an optimizer, in three tiers.
+
+    Before each step it looks at membership, flags and gradients, without reading a tensor. After every ``every``-th
+    step it compares fingerprints, which reads every frozen tensor once, where it lives. At the end of the ``with`` it
+    proves all digests.
 
     Attributes:
         steps: Steps seen.
         seconds: Time spent watching, in seconds.
     """
 
-    def __init__(self, frozen: Watched, optimizer: torch.optim.Optimizer, every: int | None = None) -> None:
+    def __init__(
+        self,
+        frozen: Watched,
+        optimizer: torch.optim.Optimizer,
+        every: int | None = 1,
+        *,
+        expect_trained: bool = False,
+    ) -> None:
         if every is not None and (type(every) is not int or every < 1):
             raise UsageError(f"every: expected a whole number from 1, found {shown(every, 40)}")
-        self._frozen, self._every = frozen, every
+        inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate and Lightning wrap theirs
+        if not isinstance(inner, torch.optim.Optimizer):
+            raise UsageError(f"expected an optimizer of torch, found {shown(type(optimizer).__name__)}")
+        self._frozen, self._every, self._expect_trained = frozen, every, expect_trained
         self.steps = 0
         self.seconds = 0.0
         self._handles = [
-            optimizer.register_step_pre_hook(self._timed(self._before)),
-            optimizer.register_step_post_hook(self._timed(self._after)),
+            inner.register_step_pre_hook(lambda optimizer, *_: self._timed(lambda: self._before(optimizer))),
+            inner.register_step_post_hook(lambda *_: self._timed(self._after)),
         ]
 
-    def _timed(self, check: Callable[[], None]) -> Callable[..., None]:
-        def hook(*_: object) -> None:
-            begun = time.perf_counter()
-            try:
-                check()
-            finally:
-                self.seconds += time.perf_counter() - begun
+    def _timed(self, check: Callable[[], None]) -> None:
+        begun = time.perf_counter()
+        try:
+            check()
+        finally:
+            self.seconds += time.perf_counter() - begun
 
-        return hook
-
-    def _before(self) -> None:
-        """Refuse a step that would move a frozen tensor."""
-        reenabled, with_gradient = [], []
-        for name, tensor in self._frozen.frozen_tensors():
-            if tensor.requires_grad and tensor.is_leaf:
-                reenabled.append(name)
-            elif tensor.is_leaf and tensor.grad is not None:
-                with_gradient.append(name)
-        if reenabled:
-            raise FrozenWeightsChanged(
-                f"about to change {enumerate_names(reenabled)}; cause: reenabled (requires_grad was turned on again)",
-                hint="freeze after whatever turned it on, and build the optimizer after that",
-            )
-        if with_gradient:
-            raise FrozenWeightsChanged(
-                f"about to change {enumerate_names(with_gradient)}; cause: zero_grad_not_none (a gradient is set)",
-                hint="freeze before the backward pass; optimizer.zero_grad(set_to_none=True) clears gradients",
-            )
-        if moving := self._frozen.moving_modules():
-            raise FrozenWeightsChanged(
-                f"the running statistics of {enumerate_names(moving)} move: put back into training mode; "
-                "cause: batchnorm_stats",
-                hint="call train() on the module instead of setting its `training`",
-            )
+    def _before(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse a step that would move a frozen tensor, or that trains nothing of the model."""
+        about = self._frozen.before_step(optimizer)
+        if not about:
+            return
+        by_code: dict[str, list[str]] = defaultdict(list)
+        for name, code in about.items():
+            by_code[code].append(name)
+        lines = [
+            f"{enumerate_names(names)}; cause: {code} ({CAUSES[code].explanation})" for code, names in by_code.items()
+        ]
+        raise FrozenWeightsChanged(
+            "\n  ".join([f"before step {self.steps + 1:,}:", *lines]),
+            hint="; ".join(CAUSES[code].remedy for code in by_code),
+            causes=about,
+        )
 
     def _after(self) -> None:
         self.steps += 1
-        if self._every is not None and self.steps % self._every == 0:
-            self._frozen.verify().raise_if_changed()
+        put_back()  # this hook runs before those that put rows back
+        self._frozen.after_step()
+        if self._every is not None and self.steps % self._every == 0 and self._frozen.moved():
+            self._frozen.verify().raise_if_changed(f"after step {self.steps:,}, ")
+            self._frozen.mark()  # the same values in a wider dtype have another fingerprint
 
     def cost(self) -> str:
         """What watching costs, in words."""
@@ -95,6 +112,17 @@ class Guard:
             handle.remove()
         self._handles = []
 
+    def prove(self) -> None:
+        """Prove all digests.
+
+        Raises:
+            FrozenWeightsChanged: naming every frozen tensor that moved, with its cause where that is settled.
+        """
+        begun = time.perf_counter()
+        report = self._frozen.verify(expect_trained=self._expect_trained)
+        self.seconds += time.perf_counter() - begun
+        report.raise_if_changed()
+
     def __enter__(self) -> Self:
         if not self._handles:
             raise UsageError("the guard was removed; ask the frozen model for another")
@@ -105,7 +133,4 @@ class Guard:
     ) -> None:
         self.remove()
         if error is None:
-            begun = time.perf_counter()
-            report = self._frozen.verify()
-            self.seconds += time.perf_counter() - begun
-            report.raise_if_changed()
+            self.prove()

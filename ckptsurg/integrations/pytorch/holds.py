@@ -1,15 +1,17 @@
-"""Modules of torch that write to their buffers while they train, and how they are kept from it."""
+"""What writes to buffers in the forward pass, how it is kept from it, and what cannot be."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-__all__ = ["StaysInEvaluation", "moves_in_training"]
+__all__ = ["StaysInEvaluation", "mover", "moves_in_training", "shrinks_rows", "unholdable"]
 
 
 class StaysInEvaluation:
@@ -51,8 +53,52 @@ class StaysInEvaluation:
         return getattr, (self.module, "train")
 
 
-def moves_in_training(module: nn.Module) -> bool:
-    """Whether the forward pass writes to the module's buffers in training mode, and only then."""
-    if isinstance(module, _NormBase | _SpectralNorm):
-        return True
-    return any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
+def moves_in_training(module: nn.Module) -> str | None:
+    """The cause code of what writes to the module's buffers in training mode, and only then; None for others."""
+    cause = mover(module)
+    return None if cause == "observer" else cause
+
+
+def mover(module: nn.Module) -> str | None:
+    """The cause code of what writes to a module's buffers in the forward pass; None where nothing is known to."""
+    if isinstance(module, _NormBase):
+        return "batchnorm_stats"
+    if isinstance(module, _SpectralNorm):
+        return "spectral_norm"
+    if any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values()):
+        return "spectral_norm"
+    return "observer" if _observes(module) else None
+
+
+def _observes(module: nn.Module) -> bool:
+    quantization: Any = sys.modules.get("torch.ao.quantization")  # whoever has an observer has imported it
+    if quantization is None:
+        return False
+    return isinstance(module, quantization.ObserverBase | quantization.FakeQuantizeBase)
+
+
+def unholdable(module: nn.Module, frozen: set[int]) -> str | None:
+    """Why frozen tensors of a module would move whatever its mode; None if they would not.
+
+    Args:
+        module: The module.
+        frozen: Identities of the frozen tensors.
+    """
+    if shrinks_rows(module) and id(module.weight) in frozen:
+        weight: Any = module.weight
+        norms = torch.linalg.vector_norm(weight.detach().double(), module.norm_type, dim=-1)
+        if bool((norms > module.max_norm).any()):
+            return (
+                f"has rows longer than the max_norm of its embedding ({module.max_norm}), which a lookup would shrink"
+            )
+    if _observes(module) and any(id(buffer) in frozen for buffer in module.buffers()):
+        # A fake quantiser is an observer with a switch; a bare observer has none.
+        switch = getattr(module, "observer_enabled", None)
+        if switch is None or bool(switch.any()):
+            return "is written by a quantisation observer at every forward pass; turn it off first (disable_observer)"
+    return None
+
+
+def shrinks_rows(module: nn.Module) -> bool:
+    """Whether it is an embedding that renormalises the rows that it looks up."""
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -18,13 +19,20 @@ class Part:
         live: Names in the model.
         saved: Names in the checkpoint.
         split: From these live tensors by name to the checkpoint's by name; values are moved, never computed with.
+        as_is: Whether it is one live tensor that is one checkpoint tensor.
     """
 
     live: tuple[str, ...]
     saved: tuple[str, ...]
     split: Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+    as_is: bool = False
+
+    @classmethod
+    def one(cls, live: str, saved: str) -> Self:
+        """One live tensor that is one checkpoint tensor."""
+        return cls((live,), (saved,), lambda given: {saved: given[live]}, as_is=True)
 
 
 def parts_as_named(live: Iterable[str]) -> list[Part]:
     """Every live tensor is the checkpoint tensor of its name."""
-    return [Part((name,), (name,), dict) for name in live]
+    return [Part.one(name, name) for name in live]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -13,7 +15,7 @@ from ...errors import FreezeError
 from ...tensors import CHUNK_BYTES, TensorInfo
 from ...wording import shown
 
-__all__ = ["TorchTensors", "live_tensors", "unreadable"]
+__all__ = ["TorchTensors", "as_dtensor", "bytes_of", "info_of", "live_tensors", "unreadable", "whole_of"]
 
 _DTYPES = {
     getattr(torch, name): dtype
@@ -41,24 +43,47 @@ class TorchTensors:
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        return {
-            name: TensorInfo("lazy", ())
-            if is_lazy(tensor)
-            else TensorInfo(_DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
-            for name, tensor in self._given.items()
-        }
+        return {name: info_of(tensor) for name, tensor in self._given.items()}
 
     def read(self, name: str) -> Iterator[memoryview]:
         tensor = self._given[name]
         if reason := unreadable(tensor):
             raise FreezeError(f'{self.label}: "{shown(name)}" {reason}')
-        if not tensor.numel():
-            return
-        plain = tensor.detach().resolve_conj().resolve_neg()
-        raw = plain.cpu().contiguous().reshape(-1).view(torch.uint8)
-        view = raw.numpy().data
-        for start in range(0, len(view), CHUNK_BYTES):
-            yield view[start : start + CHUNK_BYTES]
+        return bytes_of(tensor)
+
+
+def info_of(tensor: torch.Tensor) -> TensorInfo:
+    """Dtype and shape; of a sharded tensor, those of the whole."""
+    if is_lazy(tensor):
+        return TensorInfo("lazy", ())
+    return TensorInfo(_DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+
+
+def bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """The little-endian bytes of a tensor, in chunks of ``CHUNK_BYTES``.
+
+    A sharded one is gathered: every process of its mesh has to ask for it.
+    """
+    if not tensor.numel():
+        return
+    plain = whole_of(tensor).resolve_conj().resolve_neg()
+    raw = plain.cpu().contiguous().reshape(-1).view(torch.uint8)
+    view = raw.numpy().data
+    for start in range(0, len(view), CHUNK_BYTES):
+        yield view[start : start + CHUNK_BYTES]
+
+
+def whole_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, outside the graph; a sharded one is gathered by all processes of its mesh."""
+    sharded = as_dtensor(tensor)
+    whole: torch.Tensor = (tensor if sharded is None else sharded.full_tensor()).detach()
+    return whole
+
+
+def as_dtensor(tensor: torch.Tensor) -> Any:
+    """The tensor, if it is one shard of a ``torch.distributed.tensor.DTensor``; None for any other."""
+    distributed = sys.modules.get("torch.distributed.tensor")  # whoever has one has imported it
+    return tensor if distributed is not None and isinstance(tensor, distributed.DTensor) else None
 
 
 def unreadable(tensor: torch.Tensor) -> str | None:
@@ -71,7 +96,7 @@ def unreadable(tensor: torch.Tensor) -> str | None:
         return f"is quantised ({tensor.dtype}); its bytes are not the checkpoint's"
     if tensor.layout is not torch.strided:
         return f"has the layout {tensor.layout}; only dense tensors are compared"
-    if is_traceable_wrapper_subclass(tensor):
+    if is_traceable_wrapper_subclass(tensor) and as_dtensor(tensor) is None:
         return f"is a {type(tensor).__name__}, which keeps its values in other tensors"
     if tensor.dtype not in _DTYPES:
         return f"is {tensor.dtype}, which safetensors does not have"

@@ -1,0 +1,175 @@
+"""A live model under the names of its checkpoint."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import FreezeError
+from ...renaming import Renaming, align, renamed, unwrapped
+from ...tensors import Buffer, TensorInfo
+from ...wording import shown
+from .parts import Part
+from .tensors import bytes_of, info_of, live_tensors, unreadable, whole_of
+
+__all__ = ["LiveModel", "LiveTensors", "source_of"]
+
+
+class LiveModel:
+    """A model, and which of its tensors stand for which of a checkpoint's.
+
+    Which name stands for which is settled once. The tensors themselves are looked up at every use, since wrappers and
+    loaders put others in their place.
+
+    Attributes:
+        model: The model.
+        parts: All of the model, as its checkpoint cuts it.
+        partners: The model's own name for each of the checkpoint's that it has.
+    """
+
+    def __init__(self, model: nn.Module, wanted: Collection[str], names: Renaming | None = None) -> None:
+        """Settle the names.
+
+        Args:
+            model: The model.
+            wanted: Names of the checkpoint.
+            names: From the model's names to these; None tells them from the model.
+        """
+        self.model = model
+        self.parts, self.partners = _settled(model, wanted, names)
+        self._live = [name for part in self.parts for name in part.live]
+        self._holders = {name: part for part in self.parts for name in part.saved}
+
+    def now(self) -> dict[str, torch.Tensor]:
+        """The model's tensors as they are now, by the names that ``parts`` have for them."""
+        live = live_tensors(self.model)
+        return {name: live[own] for name, own in align(self._live, _as_used(live)).items()}
+
+    def holding(self, name: str) -> Part:
+        """The part that holds a tensor of the checkpoint.
+
+        Raises:
+            KeyError: if none does.
+        """
+        return self._holders[self.partners[name]]
+
+    def source(self) -> LiveTensors:
+        """The model as a TensorSource under its checkpoint's names, as it is now."""
+        now = self.now()
+        there = [part for part in self.parts if all(name in now for name in part.live)]
+        return LiveTensors(there, now, f"the model ({type(self.model).__name__})")
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """While every parameter is there in one piece: FullyShardedDataParallel flattens and shards them.
+
+        Every process of the group has to enter. FSDP2 (``fully_shard``) needs nothing: its shards know their place.
+
+        Raises:
+            FreezeError: if parameters were sharded by a wrapper that is not part of the model.
+        """
+        distributed: Any = sys.modules.get("torch.distributed.fsdp")
+        wrapper = getattr(distributed, "FullyShardedDataParallel", None)
+        flattened = [name for name, one in self.model.named_parameters() if getattr(one, "_fsdp_flattened", False)]
+        if wrapper is None or not flattened:
+            yield
+            return
+        wrapped = [path for path, module in self.model.named_modules() if isinstance(module, wrapper)]
+        for name in flattened:
+            if not any(not path or name.startswith(f"{path}.") for path in wrapped):
+                raise FreezeError(
+                    f'"{shown(name)}" is sharded by FullyShardedDataParallel from outside the model',
+                    hint="tell the frozen model of the wrapper: frozen.attach(wrapped)",
+                )
+        with wrapper.summon_full_params(self.model, writeback=False):
+            yield
+
+
+def source_of(model: nn.Module, wanted: Collection[str] = ()) -> LiveTensors:
+    """A live model as a TensorSource.
+
+    Args:
+        model: The model.
+        wanted: Names of the checkpoint that it is compared with; the model's own stand where they fit none.
+    """
+    return LiveModel(model, wanted).source()
+
+
+def _settled(
+    model: nn.Module, wanted: Collection[str], names: Renaming | None
+) -> tuple[Sequence[Part], Mapping[str, str]]:
+    live = live_tensors(model)
+    called = _as_used(live) if names is None else renamed(live, names)
+    partners = align(wanted, {new: new for new in called.values()})
+    if names is None and len(partners) < len(wanted) and (parts := _converted(model, live, wanted)) is not None:
+        saved = align(wanted, {name: name for part in parts for name in part.saved})
+        if len(saved) > len(partners):
+            return parts, saved
+    return [Part.one(name, new) for name, new in called.items()], partners
+
+
+def _as_used(live: Collection[str]) -> dict[str, str]:
+    """What each tensor is called after the one that the model computes with: PEFT trains copies of whole modules."""
+    return {name: re.sub(r"\.modules_to_save\.[^.]+\.", ".", name) for name in live}
+
+
+def _converted(model: nn.Module, live: Mapping[str, torch.Tensor], wanted: Collection[str]) -> list[Part] | None:
+    """The parts of a model of transformers, which renames and fuses what it loads; None for other models."""
+    transformers: Any = sys.modules.get("transformers")  # whoever has such a model has imported it
+    if transformers is None:
+        return None
+    for path, module in model.named_modules():
+        if isinstance(module, transformers.PreTrainedModel) and not unwrapped(path):
+            from ..transformers_names import parts_as_saved
+
+            bare = {unwrapped(used): live[name] for name, used in _as_used(live).items()}
+            return parts_as_saved(module, bare, wanted)
+    return None
+
+
+class LiveTensors:
+    """A TensorSource over the parts of a model, under the names of its checkpoint.
+
+    Attributes:
+        label: How messages call it.
+        tensors: Dtype and shape by name.
+    """
+
+    def __init__(self, parts: Sequence[Part], live: Mapping[str, torch.Tensor], label: str) -> None:
+        self.label = label
+        self._live = live
+        self._parts = {name: part for part in parts for name in part.saved}
+        self.tensors = {name: info for part in parts for name, info in _infos(part, live).items()}
+        self._split: tuple[Part, Mapping[str, torch.Tensor]] | None = None  # the last part: its names come in a row
+
+    def read(self, name: str) -> Iterator[Buffer]:
+        return bytes_of(self.tensor(name))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor of the checkpoint, as the model has it now.
+
+        Raises:
+            FreezeError: if it has no bytes to look at.
+        """
+        part = self._parts[name]
+        for one in part.live:
+            if reason := unreadable(self._live[one]):
+                raise FreezeError(f'{self.label}: "{shown(one)}" {reason}')
+        if part.as_is:
+            return self._live[part.live[0]].detach()
+        if self._split is None or self._split[0] is not part:
+            self._split = part, part.split({one: whole_of(self._live[one]) for one in part.live})
+        return self._split[1][name]
+
+
+def _infos(part: Part, live: Mapping[str, torch.Tensor]) -> dict[str, TensorInfo]:
+    if part.as_is:
+        return {part.saved[0]: info_of(live[part.live[0]])}
+    twins = {name: torch.empty(live[name].shape, dtype=live[name].dtype, device="meta") for name in part.live}
+    return {name: info_of(tensor) for name, tensor in part.split(twins).items()}

@@ -1,0 +1,113 @@
+"""Watching a model that other code freezes, or claims to."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from ...errors import FreezeError, UsageError
+from ...manifest import Manifest
+from ...renaming import Renaming
+from ...report import Report
+from ...verifying import verify
+from .live import LiveModel
+from .tensors import TorchTensors, whole_of
+from .witness import Witness
+
+__all__ = ["Watch"]
+
+
+class Watch:
+    """Watches a model without changing it, and proves at the end of its ``with`` that frozen tensors kept their bits.
+
+    It keeps a copy of them, and looks at every step of every optimizer of torch: so it says where a tensor moved, by
+    how much, and in most cases why.
+
+    Attributes:
+        report: What became of the frozen tensors; None before the end.
+    """
+
+    def __init__(
+        self, model: nn.Module, manifest: Manifest, names: Renaming | None = None, *, expect_trained: bool = False
+    ) -> None:
+        """Prepare to watch.
+
+        Args:
+            model: The model.
+            manifest: What must hold.
+            names: From the model's names to the manifest's, where they differ.
+            expect_trained: Whether each trainable tensor has to move.
+
+        Raises:
+            ManifestError: if nothing is frozen.
+        """
+        manifest.require_frozen()
+        self._model, self._manifest, self._names, self._expect_trained = model, manifest, names, expect_trained
+        self.report: Report | None = None
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Self:
+        """Begin.
+
+        Raises:
+            FreezeError: if the model does not hold what the manifest freezes.
+            UsageError: if the watch was used before.
+        """
+        if self.report is not None or self._handles:
+            raise UsageError("a watch is used once")
+        manifest, live = self._manifest, LiveModel(self._model, self._manifest.tensors, self._names)
+        with live.whole():
+            found = verify(manifest, live.source(), allow_widened=True, witnessed={})
+            if not found.ok:
+                raise FreezeError(
+                    f"the model ({type(self._model).__name__}) does not hold what the manifest freezes: "
+                    f"{found.summary(5)}",
+                    hint="load the published weights first",
+                )
+            source = live.source()
+            copies = {name: whole_of(source.tensor(live.partners[name])).clone() for name in manifest.frozen}
+            # What is in a wider dtype than the manifest's is no baseline of it.
+            self._before = None if found.drifted else TorchTensors(copies, "the model before")
+        frozen = {name: record for name, record in manifest.frozen.items() if not record.trains}
+        rows = {
+            live.holding(name).live[0]: (record.rows.start, record.rows.stop)
+            for name, record in manifest.frozen.items()
+            if record.rows is not None
+        }
+        self._live = live
+        self._witness = Witness(
+            live,
+            list(dict.fromkeys(one for name in frozen for one in live.holding(name).live)),
+            [one for name in live.partners if name not in manifest.frozen for one in live.holding(name).live],
+            rows,
+        )
+        self._handles = [
+            register_optimizer_step_pre_hook(lambda optimizer, *_: self._look(optimizer)),
+            register_optimizer_step_post_hook(lambda *_: self._witness.after()),
+        ]
+        return self
+
+    def _look(self, optimizer: torch.optim.Optimizer) -> None:
+        self._witness.look(optimizer)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        with self._live.whole():
+            self.report = verify(
+                self._manifest,
+                self._live.source(),
+                baseline=self._before,
+                allow_widened=True,
+                expect_trained=self._expect_trained,
+                witnessed=self._witness.by_saved_name(),
+            )
+        if error is None:
+            self.report.raise_if_changed()

@@ -1,0 +1,204 @@
+"""What is seen of frozen tensors while optimizers step: the evidence that names a cause."""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+import torch
+from torch import nn
+
+from ...causes import moving_buffer
+from .fingerprint import Fingerprint, fingerprints
+from .holds import mover, shrinks_rows
+from .live import LiveModel
+from .tensors import as_dtensor, unreadable
+
+__all__ = ["Witness", "parameters_of", "tied_to_trainable"]
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> dict[int, torch.Tensor]:
+    """What an optimizer steps, by identity."""
+    return {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
+
+
+class Witness:
+    """Looks at a model before each step of an optimizer, reading no tensor unless something is odd.
+
+    Attributes:
+        causes: What was seen to move a frozen tensor, or about to, by the live name; the first that was seen.
+    """
+
+    def __init__(
+        self,
+        live: LiveModel,
+        frozen: Collection[str],
+        trainable: Collection[str],
+        rows: Mapping[str, tuple[int, int]] | None = None,
+    ) -> None:
+        """Begin to look.
+
+        Args:
+            live: The model.
+            frozen: Live names of what is frozen as a whole.
+            trainable: Live names of what is meant to train.
+            rows: What is frozen in a part and trains in the rest, if nobody holds it: its rows by live name.
+        """
+        self._live, self._frozen, self._rows = live, tuple(frozen), dict(rows or {})
+        now = live.now()
+        self.causes: dict[str, str] = {}
+        self._trained = {name for name in frozen if name in now and now[name].requires_grad}
+        self._were = {name: weakref.ref(tensor) for name, tensor in now.items() if isinstance(tensor, nn.Parameter)}
+        self._tied = {one for one, _ in tied_to_trainable(now, self._frozen, trainable)}
+        self._training: set[str] = set()
+        self._bracketed: dict[str, Fingerprint] = {}
+        self.look_at_modes()
+
+    def look(self, optimizer: torch.optim.Optimizer) -> dict[str, str]:
+        """Look before a step.
+
+        Returns:
+            What the step is about to do wrong: cause codes by live name.
+        """
+        now, stepped = self._live.now(), parameters_of(optimizer)
+        about: dict[str, str] = {}
+        without_gradient: list[str] = []
+        for name in self._frozen:
+            tensor = now.get(name)
+            if tensor is None or not tensor.is_leaf:
+                continue
+            if tensor.requires_grad and name not in self._trained:
+                about[name] = "reenabled"
+            if id(tensor) not in stepped:
+                continue
+            if tensor.grad is None:
+                without_gradient.append(name)
+            else:
+                about[name] = self._moved_by_step(name, tensor, tensor.grad, optimizer)
+        for name, rows in self._rows.items():
+            tensor = now.get(name)
+            if tensor is not None and id(tensor) in stepped and tensor.grad is not None:
+                about[name] = self._moved_by_step(name, tensor, tensor.grad[rows[0] : rows[1]], optimizer)
+        about |= dict.fromkeys(self._replaced(now, stepped), "stale_optimizer")
+        for name, code in about.items():
+            if self.causes.get(name) in (None, "zero_grad_not_none", "weight_decay"):
+                self.causes[name] = code
+        if not type(optimizer).__module__.startswith("torch.optim."):  # torch's own leave alone what has no gradient
+            self._bracketed = fingerprints({name: now[name] for name in without_gradient})
+        self.look_at_modes()
+        return about
+
+    def after(self) -> None:
+        """Look after the step."""
+        if self._bracketed:
+            now = self._live.now()
+            for name, mark in fingerprints({name: now[name] for name in self._bracketed}).items():
+                if mark != self._bracketed[name]:
+                    self.causes.setdefault(name, "optimizer_ignores_none")
+            self._bracketed = {}
+
+    def _moved_by_step(
+        self, name: str, tensor: torch.Tensor, gradient: torch.Tensor, optimizer: torch.optim.Optimizer
+    ) -> str:
+        """Why a step is about to move a frozen tensor that has a gradient."""
+        if name in self._tied:
+            return "tied"
+        sharded = as_dtensor(gradient)
+        if bool((gradient if sharded is None else sharded.to_local()).any()):
+            if not tensor.requires_grad:
+                return "late_freeze"
+            return "never_frozen" if name in self._trained or name in self._rows else "reenabled"
+        if not tensor.requires_grad:
+            return "zero_grad_not_none"
+        group = next(group for group in optimizer.param_groups if any(one is tensor for one in group["params"]))
+        return "weight_decay" if group.get("weight_decay") else "zero_grad_not_none"
+
+    def _replaced(self, now: Mapping[str, torch.Tensor], stepped: Mapping[int, torch.Tensor]) -> Iterable[str]:
+        """Parameters that the optimizer steps although the model has others in their place by now."""
+        for name, reference in self._were.items():
+            was = reference()
+            if was is None or id(was) not in stepped or name not in now:
+                continue
+            if not any(tensor is was for tensor in now.values()):
+                yield name
+
+    def look_at_modes(self) -> None:
+        """Note which modules are in training mode."""
+        self._training.update(path for path, module in self._live.model.named_modules() if module.training)
+
+    def by_saved_name(self) -> dict[str, str]:
+        """What is known of every frozen tensor, were it to have moved, by the checkpoint's names."""
+        self.look_at_modes()
+        found = self._by_owner() | self.causes
+        for name in self._tied:
+            found.setdefault(name, "tied")
+        saved: dict[str, str] = {}
+        for name in self._live.partners:
+            if code := next((found[one] for one in self._live.holding(name).live if one in found), None):
+                saved[name] = code
+        return saved
+
+    def _by_owner(self) -> dict[str, str]:
+        """What writes to a tensor outside optimizers, told by the module that has it."""
+        found: dict[str, str] = {}
+        modules = dict(self._live.model.named_modules(remove_duplicate=False))
+        now = self._live.now()
+        for name in (*self._frozen, *self._rows):
+            path = name.rpartition(".")[0]
+            module = modules.get(path)
+            if module is None or name not in now:
+                continue
+            if isinstance(now[name], nn.Parameter):
+                if shrinks_rows(module):
+                    found[name] = "embedding_max_norm"
+                continue
+            code = mover(module)
+            if code == "observer" or (code is not None and path in self._training):
+                found[name] = code
+            elif moving_buffer(name, now.keys()) == "router_bias":
+                found[name] = "router_bias"
+        return found
+
+
+def tied_to_trainable(
+    now: Mapping[str, torch.Tensor], frozen: Collection[str], trainable: Collection[str]
+) -> Iterator[tuple[str, str]]:
+    """Frozen tensors that share memory with one that trains, each with that one.
+
+    Args:
+        now: All tensors of a model by live name.
+        frozen: Names of what is frozen.
+        trainable: Names of what is meant to train. What is named nowhere trains if its ``requires_grad`` is on;
+            a second name of the very same parameter is no second parameter.
+    """
+    in_storage: dict[int, list[str]] = defaultdict(list)
+    for name, tensor in now.items():
+        if not unreadable(tensor) and tensor.numel():
+            in_storage[_storage(tensor)].append(name)
+    held, moving = set(frozen), set(trainable)
+    for sharing in in_storage.values():
+        for one in (name for name in sharing if name in held):
+            for other in (name for name in sharing if name not in held):
+                trains = other in moving or (now[other] is not now[one] and now[other].requires_grad)
+                if trains and _overlap(now[one], now[other]):
+                    yield one, other
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    sharded = as_dtensor(tensor)
+    return int((tensor if sharded is None else sharded.to_local()).untyped_storage().data_ptr())
+
+
+def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    (a, b), (c, d) = _span(one), _span(other)
+    return a < d and c < b
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """First byte of a tensor in its storage, and the one after its last."""
+    sharded = as_dtensor(tensor)
+    tensor = tensor if sharded is None else sharded.to_local()
+    start = int(tensor.storage_offset()) * tensor.element_size()
+    last = sum((size - 1) * int(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.element_size()
