@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from . import planning
 from .checkpoints import Checkpoint
 from .errors import SpecError, UsageError
-from .formats import open_checkpoint
+from .formats import open_checkpoint, open_trained
 from .manifest import Manifest, load_manifest
 from .parsing import Text, read_text
 from .spec import Spec
@@ -138,7 +138,7 @@ def tensors_of(given: TensorsLike, wanted: Collection[str] = ()) -> Iterator[Ten
             raise UsageError(message, hint=f'give what is inside: checkpoint["{inside}"]' if inside else None)
         yield TorchTensors(given, "the state dict")
     elif isinstance(given, str | os.PathLike):
-        with open_checkpoint(as_path(given)) as opened:
+        with open_trained(as_path(given)) as opened:
             yield opened
     elif hasattr(given, "tensors") and hasattr(given, "read"):
         yield cast("TensorSource", given)

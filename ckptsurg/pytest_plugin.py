@@ -34,8 +34,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def frozen_weights(request: pytest.FixtureRequest) -> Callable[..., AbstractContextManager[Any]]:
     """Assert that a step of training leaves frozen weights as they are, bit by bit.
 
-    ``with frozen_weights(model, freeze=["**", "!fc"]): step()``, or with ``manifest="out/freeze.json"``; without either,
-    what the marker ``frozen_weights`` says, or ``--freeze-manifest``. The model is watched, not changed.
+    ``with frozen_weights(model, freeze=["**", "!fc"]): step()``, or with ``manifest="out/freeze.json"``; without
+    either, what the marker ``frozen_weights`` says, or ``--freeze-manifest``. The model is watched, not changed.
     """
     from .testing import frozen_weights
 

@@ -94,6 +94,7 @@ class Report(Document):
         extra: Tensors that the manifest lacks.
         missing_trainable: Trainable tensors that are missing.
         untrained: Trainable tensors that did not move; None where that was not asked.
+        note: What else there is to know of what was verified.
     """
 
     version: Literal[1] = Field(default=1, description="Version of this document's form.")
@@ -103,6 +104,7 @@ class Report(Document):
     extra: tuple[str, ...] = ()
     missing_trainable: tuple[str, ...] = ()
     untrained: tuple[str, ...] | None = Field(default=None, exclude_if=is_none)
+    note: str | None = Field(default=None, exclude_if=is_none)
 
     def __repr__(self) -> str:
         drifted = enumerate_names(difference.name for difference in self.drifted)

@@ -39,6 +39,7 @@ def verify(
     allow_widened: bool = False,
     expect_trained: bool = False,
     witnessed: Mapping[str, str] | None = None,
+    saved: bool | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Prove that every frozen tensor has the bits that the manifest records.
@@ -52,7 +53,8 @@ def verify(
         exact: Whether tensors that the manifest lacks, and trainable ones that are missing, count.
         allow_widened: Whether a tensor in a wider dtype with the same values is accepted.
         expect_trained: Whether trainable tensors that did not move, or are missing, count.
-        witnessed: Of a live model, causes that were seen while it trained, by name; None for what was saved.
+        witnessed: Of a live model, causes that were seen while it trained, by name.
+        saved: Whether ``trained`` was saved, so that what it lacks was left out; None: if it is no live model.
         progress: Told how many bytes are read.
 
     Raises:
@@ -88,7 +90,7 @@ def verify(
         names=manifest.tensors.keys(),
         given={unwrapped(name) for name in given} if drifted else (),
         ranks={name: len(record.shape) for name, record in frozen.items() if record.dtype in FLOATS},
-        live=witnessed is not None,
+        live=not (witnessed is None if saved is None else saved),
         witnessed=witnessed or {},
         traits=traits,
         twins=_moving_twins(manifest, drifted, trained, partners),
@@ -112,6 +114,7 @@ def verify(
         extra=extra,
         missing_trainable=lacking,
         untrained=untrained,
+        note=getattr(trained, "note", None),
     )
 
 

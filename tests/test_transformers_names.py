@@ -17,177 +17,112 @@ from ckptsurg.integrations.pytorch.parts import Part
 from ckptsurg.integrations.pytorch.tensors import live_tensors
 from ckptsurg.integrations.transformers_names import parts_as_saved
 
+# fmt: off
 BERT = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 32,
 }
 TEXT = dict(BERT, num_key_value_heads=2)
 EXPERTS = dict(TEXT, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2)
 LATENT = dict(
-    BERT,
-    num_key_value_heads=4,
-    moe_intermediate_size=16,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    first_k_dense_replace=1,
-    q_lora_rank=16,
-    kv_lora_rank=16,
-    qk_rope_head_dim=8,
-    qk_nope_head_dim=8,
-    v_head_dim=8,
+    BERT, num_key_value_heads=4, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, q_lora_rank=16,
+    kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
 )
-GROUPS = {"n_group": 2, "topk_group": 1}
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 32,
-    "patch_size": 16,
-}
-QWEN_VISION = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 14}
+GROUPED = dict(LATENT, first_k_dense_replace=1, n_group=2, topk_group=1)
+PLAIN_VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+VISION = dict(PLAIN_VISION, image_size=32, patch_size=16)
+DEEP_VISION = {"depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 14}
 THREE_AXES = {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [1, 1, 2]}
-CLIP = {"text_config": BERT, "vision_config": VISION}
-GPT2 = {"vocab_size": 64, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
-WAV2VEC2 = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "conv_dim": (8, 8),
-    "conv_stride": (2, 2),
-    "conv_kernel": (3, 3),
-    "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 4,
-}
-SWIN = {
-    "image_size": 32,
-    "patch_size": 4,
-    "embed_dim": 8,
-    "depths": [1, 1, 1, 1],
-    "num_heads": [2, 2, 2, 2],
-    "window_size": 4,
-}
 
 #: What is built of each class, by what its conversion has of interest.
 CONFIGS: dict[str, dict[str, Any]] = {
     # nothing
     "BertForSequenceClassification": BERT,
+    "BertForPreTraining": BERT,
     "LlamaForCausalLM": dict(TEXT, tie_word_embeddings=True),
     "T5ForConditionalGeneration": {
-        "vocab_size": 64,
-        "d_model": 32,
-        "d_kv": 8,
-        "d_ff": 48,
-        "num_layers": 2,
-        "num_heads": 4,
+        "vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
     },
     "BartForConditionalGeneration": {
-        "vocab_size": 64,
-        "d_model": 32,
-        "encoder_layers": 2,
-        "decoder_layers": 2,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4,
-        "encoder_ffn_dim": 48,
-        "decoder_ffn_dim": 48,
-        "max_position_embeddings": 32,
+        "vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 32,
     },
-    "GPT2LMHeadModel": GPT2,
+    "GPT2LMHeadModel": {"vocab_size": 64, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4},
     "RobertaForMaskedLM": BERT,
-    "Wav2Vec2Model": WAV2VEC2,
+    "Wav2Vec2Model": dict(
+        PLAIN_VISION, conv_dim=(8, 8), conv_stride=(2, 2), conv_kernel=(3, 3), num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+    ),
+    "CLIPModel": {"text_config": BERT, "vision_config": VISION},
     # other names
     "ViTForImageClassification": VISION,
+    "ViTModel": VISION,
     "ViTMAEForPreTraining": dict(
-        VISION,
-        decoder_hidden_size=32,
-        decoder_num_hidden_layers=1,
-        decoder_num_attention_heads=4,
+        VISION, decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=4,
         decoder_intermediate_size=48,
     ),
-    "SwinModel": SWIN,
+    "SwinModel": {
+        "image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4,
+    },
     "EsmModel": dict(BERT, pad_token_id=1),
     # several models in one, with prefixes that moved
     "LlavaForConditionalGeneration": {
-        "text_config": dict(TEXT, model_type="llama"),
-        "vision_config": dict(VISION, model_type="clip_vision_model"),
+        "text_config": dict(TEXT, model_type="llama"), "vision_config": dict(VISION, model_type="clip_vision_model"),
     },
     "Qwen2VLForConditionalGeneration": {
-        "text_config": dict(TEXT, rope_parameters=THREE_AXES),
-        "vision_config": QWEN_VISION,
+        "text_config": dict(TEXT, rope_parameters=THREE_AXES), "vision_config": dict(DEEP_VISION, embed_dim=32),
     },
-    "CLIPVisionModel": VISION,
     # experts in one tensor
     "MixtralForCausalLM": dict(TEXT, num_local_experts=4),
     "Qwen2MoeForCausalLM": dict(EXPERTS, shared_expert_intermediate_size=16),
-    "DeepseekV3ForCausalLM": dict(LATENT, **GROUPS),
+    "DeepseekV3ForCausalLM": GROUPED,
     "JambaForCausalLM": dict(
-        TEXT,
-        num_experts=4,
-        attn_layer_period=2,
-        attn_layer_offset=1,
-        expert_layer_period=1,
-        expert_layer_offset=0,
+        TEXT, num_experts=4, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=1, expert_layer_offset=0,
         use_mamba_kernels=False,
     ),
     "LongcatFlashForCausalLM": dict(
-        LATENT, num_layers=1, expert_ffn_hidden_size=16, ffn_hidden_size=16, zero_expert_num=1, moe_topk=2
+        LATENT, num_layers=1, expert_ffn_hidden_size=16, ffn_hidden_size=16, zero_expert_num=1, moe_topk=2,
     ),
     # experts of text and of vision, dealt out from one list
     "Ernie4_5_VLMoeForConditionalGeneration": {
         "text_config": dict(
-            TEXT,
-            moe_intermediate_size=[16, 8],
-            moe_num_experts=4,
-            moe_k=2,
-            moe_num_shared_experts=1,
-            mlp_layer_types=["dense", "sparse"],
-            rope_parameters=THREE_AXES,
+            TEXT, moe_intermediate_size=[16, 8], moe_num_experts=4, moe_k=2, moe_num_shared_experts=1,
+            mlp_layer_types=["dense", "sparse"], rope_parameters=THREE_AXES,
         ),
-        "vision_config": {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "patch_size": 14},
+        "vision_config": dict(DEEP_VISION, intermediate_size=48),
     },
-    # one tensor in the checkpoint, several in the model
+    # one tensor in the file, several in the model
     "HrmTextForCausalLM": TEXT,
     "GteModel": BERT,
     "Dinov2Model": {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "image_size": 32,
-        "patch_size": 16,
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 16,
         "use_swiglu_ffn": True,
     },
-    # both
+    # this, and the other way round
     "Molmo2TextModel": dict(TEXT, head_dim=8),
     # rows in another order
-    "MistralLarge4ForConditionalGeneration": {
-        "text_config": dict(LATENT, **GROUPS),
-        "vision_config": dict(VISION, head_dim=8),
-    },
+    "MistralLarge4ForConditionalGeneration": {"text_config": GROUPED, "vision_config": dict(VISION, head_dim=8)},
     "Kimi_K25ForConditionalGeneration": {
-        "text_config": dict(LATENT, **GROUPS, model_type="deepseek_v3"),
-        "vision_config": {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "patch_size": 14,
-        },
+        "text_config": dict(GROUPED, model_type="deepseek_v3"), "vision_config": dict(PLAIN_VISION, patch_size=14),
     },
+}
+# fmt: on
+#: Classes that are built of the same.
+CONFIGS |= {
+    "BertModel": BERT,
+    "CLIPVisionModel": VISION,
+    "GPT2Model": CONFIGS["GPT2LMHeadModel"],
+    "MixtralModel": CONFIGS["MixtralForCausalLM"],
 }
 
 
-def build(name: str, config: Mapping[str, Any] | None = None) -> PreTrainedModel:
+def build(name: str) -> PreTrainedModel:
     """A model in which no two tensors are alike."""
     kind = getattr(transformers, name, None)
     if kind is None:
         pytest.skip(f"this version of transformers has no {name}")
     torch.manual_seed(1)
-    model: PreTrainedModel = kind(kind.config_class(**(CONFIGS[name] if config is None else config)))
+    model: PreTrainedModel = kind(kind.config_class(**CONFIGS[name]))
     with torch.no_grad():
         for tensor in live_tensors(model).values():
             if tensor.is_floating_point():
@@ -349,16 +284,6 @@ def old_norm(name: str) -> str:
     )
 
 
-#: Of classes that are only read from.
-BASES: dict[str, dict[str, Any]] = {
-    "BertModel": BERT,
-    "BertForPreTraining": BERT,
-    "ViTModel": VISION,
-    "MixtralModel": CONFIGS["MixtralForCausalLM"],
-    "GPT2Model": GPT2,
-    "CLIPModel": CLIP,
-}
-
 AS_LIVE = {"save_original_format": False}
 
 
@@ -399,7 +324,7 @@ AS_LIVE = {"save_original_format": False}
 def test_a_file_that_transformers_would_not_save(
     of: str, called: Callable[[str], str], how: dict[str, Any], into: str, beyond: tuple[str, ...], tmp_path: Path
 ) -> None:
-    model = build(of, CONFIGS.get(of) or BASES[of])
+    model = build(of)
     saved = save(model, tmp_path, called, **how)
     for one in untouched(into, tmp_path):
         _, made = split(one, saved)
@@ -440,7 +365,8 @@ class Reversible(OneWay):
         self.function = function
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return {name: self.function(tensors[0]) for name, tensors in input_dict.items()}
+        ((tensor,),) = input_dict.values()
+        return {kwargs["target_patterns"][0]: self.function(tensor)}
 
     @property
     def reverse_op(self) -> ConversionOps:

@@ -7,10 +7,11 @@ from pathlib import Path
 from ..checkpoints import Checkpoint
 from ..errors import UsageError, system_failures
 from ..wording import shown
+from .adapter import ADAPTER_NAME, AdapterOverBase, base_of_adapter
 from .folder import open_folder, open_index
 from .safetensors import open_single
 
-__all__ = ["open_checkpoint"]
+__all__ = ["open_checkpoint", "open_trained"]
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -32,3 +33,24 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         if path.name.endswith(".index.json"):
             return open_index(path)
         return open_single(path)
+
+
+def open_trained(path: str | Path) -> Checkpoint | AdapterOverBase:
+    """Open what came back from training: a checkpoint, or the folder of an adapter, which is read over its base.
+
+    Raises:
+        UsageError: if there is nothing at the path, or an adapter whose base is not on this machine.
+        CheckpointError: if something is malformed.
+        SystemFailure: if the system cannot read it.
+    """
+    path = Path(path)
+    with system_failures(shown(path)):
+        base = base_of_adapter(path) if path.is_dir() else None
+    if base is None:
+        return open_checkpoint(path)
+    adapter = open_checkpoint(path / ADAPTER_NAME)
+    try:
+        return AdapterOverBase(path, adapter, open_checkpoint(base))
+    except BaseException:
+        adapter.close()
+        raise

@@ -214,6 +214,27 @@ class FrozenModel:
                 witnessed=self._witness.by_saved_name(),
             )
 
+    def verify_saved(self, saved: str | os.PathLike[str] | Mapping[str, torch.Tensor], prefix: str = "") -> Report:
+        """Prove that what was saved of the model, or is about to be, has the frozen bits.
+
+        Args:
+            saved: A checkpoint's path, under the manifest's names; or a state dict of the model, under the model's.
+            prefix: Before every name of the state dict.
+
+        Raises:
+            UsageError: if there is no checkpoint at the path.
+            CheckpointError: if it is malformed.
+        """
+        witnessed = self._witness.by_saved_name()
+        if isinstance(saved, Mapping):
+            tensors = {name.removeprefix(prefix): one for name, one in saved.items() if name.startswith(prefix)}
+            source = self._live.source_of(tensors, "the state dict")
+            return verify(self.manifest, source, allow_widened=True, witnessed=witnessed, saved=True)
+        from ...formats import open_trained
+
+        with open_trained(Path(saved)) as opened:
+            return verify(self.manifest, opened, witnessed=witnessed, saved=True)
+
     def guard(self, optimizer: torch.optim.Optimizer, *, every: int | None = 1, expect_trained: bool = False) -> Guard:
         """Watch the steps of an optimizer. Use the guard in a ``with``, or call its ``remove()``.
 

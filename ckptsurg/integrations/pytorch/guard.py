@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -17,6 +18,12 @@ from ...wording import enumerate_names, shown
 from .rows import put_back
 
 __all__ = ["Guard"]
+
+
+class Removable(Protocol):
+    """A handle of a hook."""
+
+    def remove(self) -> None: ...
 
 
 class Watched(Protocol):
@@ -65,21 +72,33 @@ class Guard:
         self._frozen, self._every, self._expect_trained = frozen, every, expect_trained
         self.steps = 0
         self.seconds = 0.0
-        self._handles = [
-            inner.register_step_pre_hook(lambda optimizer, *_: self._timed(lambda: self._before(optimizer))),
-            inner.register_step_post_hook(lambda *_: self._timed(self._after)),
+        self._doubted: str | None = None
+        self._handles: list[Removable] = [
+            inner.register_step_pre_hook(lambda optimizer, *_: self.before_step(optimizer)),
+            inner.register_step_post_hook(lambda optimizer, args, options: self._after(optimizer, args, options)),
         ]
 
-    def _timed(self, check: Callable[[], None]) -> None:
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
         begun = time.perf_counter()
         try:
-            check()
+            yield
         finally:
             self.seconds += time.perf_counter() - begun
 
-    def _before(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuse a step that would move a frozen tensor, or that trains nothing of the model."""
-        about = self._frozen.before_step(optimizer)
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse a step that would move a frozen tensor, or that steps what the model no longer has.
+
+        Raises:
+            FrozenWeightsChanged: naming tensors and causes.
+        """
+        with self._timed():
+            if self._doubted is not None:
+                self._frozen.verify().raise_if_changed(self._doubted)
+                self._doubted = None
+            self._refuse(self._frozen.before_step(optimizer), f"before step {self.steps + 1:,}:")
+
+    def _refuse(self, about: Mapping[str, str], when: str) -> None:
         if not about:
             return
         by_code: dict[str, list[str]] = defaultdict(list)
@@ -89,22 +108,38 @@ class Guard:
             f"{enumerate_names(names)}; cause: {code} ({CAUSES[code].explanation})" for code, names in by_code.items()
         ]
         raise FrozenWeightsChanged(
-            "\n  ".join([f"before step {self.steps + 1:,}:", *lines]),
+            "\n  ".join([when, *lines]),
             hint="; ".join(CAUSES[code].remedy for code in by_code),
             causes=about,
         )
 
-    def _after(self) -> None:
-        self.steps += 1
-        put_back()  # this hook runs before those that put rows back
-        self._frozen.after_step()
-        if self._every is not None and self.steps % self._every == 0 and self._frozen.moved():
-            self._frozen.verify().raise_if_changed(f"after step {self.steps:,}, ")
-            self._frozen.mark()  # the same values in a wider dtype have another fingerprint
+    def _after(self, optimizer: torch.optim.Optimizer, args: Sequence[object], options: Mapping[str, object]) -> None:
+        with self._timed():
+            self.steps += 1
+            put_back()  # this hook runs before those that put rows back
+            self._frozen.after_step()
+            if self._every is not None and self.steps % self._every == 0 and self._frozen.moved():
+                self._frozen.verify().raise_if_changed(f"after step {self.steps:,}, ")
+                self._frozen.mark()  # the same values in a wider dtype have another fingerprint
+            if any(given is not None for given in (*args[1:], *options.values())):
+                # A closure goes backward inside of the step: what was wrong was not to be seen before.
+                self._refuse(self._frozen.before_step(optimizer), f"after step {self.steps:,}:")
 
     def cost(self) -> str:
         """What watching costs, in words."""
         return f"{self.seconds * 1e3:.1f} ms over {self.steps:,} steps"
+
+    def doubt(self, when: str) -> None:
+        """Prove all digests before the next step: something is about to write to the model.
+
+        Args:
+            when: Said before the message: ``after loading, ``.
+        """
+        self._doubted = when
+
+    def also_remove(self, handle: Removable) -> None:
+        """Remove this too when the guard is removed."""
+        self._handles.append(handle)
 
     def remove(self) -> None:
         """Stop watching."""
@@ -118,10 +153,8 @@ class Guard:
         Raises:
             FrozenWeightsChanged: naming every frozen tensor that moved, with its cause where that is settled.
         """
-        begun = time.perf_counter()
-        report = self._frozen.verify(expect_trained=self._expect_trained)
-        self.seconds += time.perf_counter() - begun
-        report.raise_if_changed()
+        with self._timed():
+            self._frozen.verify(expect_trained=self._expect_trained).raise_if_changed()
 
     def __enter__(self) -> Self:
         if not self._handles:

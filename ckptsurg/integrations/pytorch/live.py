@@ -48,8 +48,10 @@ class LiveModel:
 
     def now(self) -> dict[str, torch.Tensor]:
         """The model's tensors as they are now, by the names that ``parts`` have for them."""
-        live = live_tensors(self.model)
-        return {name: live[own] for name, own in align(self._live, _as_used(live)).items()}
+        return self._found_in(live_tensors(self.model))
+
+    def _found_in(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensors[own] for name, own in align(self._live, _as_used(tensors)).items()}
 
     def holding(self, name: str) -> Part:
         """The part that holds a tensor of the checkpoint.
@@ -61,9 +63,14 @@ class LiveModel:
 
     def source(self) -> LiveTensors:
         """The model as a TensorSource under its checkpoint's names, as it is now."""
-        now = self.now()
-        there = [part for part in self.parts if all(name in now for name in part.live)]
-        return LiveTensors(there, now, f"the model ({type(self.model).__name__})")
+        return self._source(self.now(), f"the model ({type(self.model).__name__})")
+
+    def source_of(self, state: Mapping[str, torch.Tensor], label: str) -> LiveTensors:
+        """A state dict of the model as a TensorSource under its checkpoint's names."""
+        return self._source(self._found_in(state), label)
+
+    def _source(self, live: Mapping[str, torch.Tensor], label: str) -> LiveTensors:
+        return LiveTensors([part for part in self.parts if all(name in live for name in part.live)], live, label)
 
     @contextmanager
     def whole(self) -> Iterator[None]:

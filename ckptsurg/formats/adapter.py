@@ -1,0 +1,85 @@
+"""An adapter that PEFT saved by itself: its folder holds what was trained, and says what base it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from ..checkpoints import Checkpoint, read_small
+from ..errors import CheckpointError, UsageError
+from ..parsing import parse_json
+from ..renaming import unwrapped
+from ..tensors import Buffer, TensorInfo
+from ..wording import shown
+
+__all__ = ["ADAPTER_NAME", "AdapterOverBase", "base_of_adapter"]
+
+ADAPTER_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+MAX_CONFIG_BYTES = 10_000_000
+
+
+def base_of_adapter(folder: Path) -> Path | None:
+    """Where the base of an adapter is; None if the folder holds no adapter.
+
+    Raises:
+        CheckpointError: if the adapter's configuration is malformed.
+        UsageError: if the base is not on this machine.
+    """
+    config = folder / CONFIG_NAME
+    if not (config.is_file() and (folder / ADAPTER_NAME).is_file()):
+        return None
+    try:
+        document: Any = parse_json(read_small(config, MAX_CONFIG_BYTES).decode("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{shown(config)}: not JSON: {error}") from None
+    name = document.get("base_model_name_or_path") if isinstance(document, dict) else None
+    if isinstance(name, str) and name:
+        for candidate in (Path(name), folder / name):
+            if candidate.exists():
+                return candidate
+    said = f'"{shown(name)}" is not on this machine' if isinstance(name, str) and name else "it does not say which"
+    raise UsageError(
+        f"{shown(folder)}: an adapter alone: what is frozen is in its base, and {said}",
+        hint="verify the base that it is loaded onto instead",
+    )
+
+
+class AdapterOverBase:
+    """A TensorSource: what is trained from the adapter, all else from its base.
+
+    Attributes:
+        label: How messages call it.
+        tensors: Dtype and shape by name, of the base and of the adapter.
+        note: What a report says of it.
+    """
+
+    def __init__(self, folder: Path, adapter: Checkpoint, base: Checkpoint) -> None:
+        self._adapter, self._base = adapter, base
+        # Whole modules that were trained (modules_to_save) stand under the base's own names.
+        self._own: Mapping[str, str] = {unwrapped(name): name for name in adapter.tensors}
+        self.label = shown(folder)
+        self.tensors: Mapping[str, TensorInfo] = {
+            **base.tensors,
+            **{new: adapter.tensors[name] for new, name in self._own.items()},
+        }
+        self.note = f"{self.label} is an adapter alone: what it lacks was proven in its base, {base.label}"
+
+    def read(self, name: str) -> Iterator[Buffer]:
+        if name in self._own:
+            return self._adapter.read(self._own[name])
+        return self._base.read(name)
+
+    def __enter__(self) -> Self:
+        self._stack = ExitStack()
+        self._stack.enter_context(self._adapter)
+        self._stack.enter_context(self._base)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
