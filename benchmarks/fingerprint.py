@@ -9,6 +9,7 @@ tensor to another place on its device.
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import statistics
 import sys
@@ -33,7 +34,7 @@ def ways(tensor: torch.Tensor) -> dict[str, Callable[[], object]]:
         "copy": lambda: kept.copy_(tensor),
         "fingerprint, eager": lambda: fingerprints(given, compiled=False),
     }
-    if shutil.which("g++") if tensor.device.type == "cpu" else torch.utils._triton.has_triton():
+    if shutil.which("g++") if tensor.device.type == "cpu" else importlib.util.find_spec("triton"):
         found["fingerprint, compiled"] = lambda: fingerprints(given, compiled=True)
     found["compare bits with a kept copy"] = lambda: torch.equal(tensor.view(bits), kept.view(bits))
     found["torch.equal with a kept copy"] = lambda: torch.equal(tensor, kept)

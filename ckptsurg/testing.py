@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 from . import api
-from .causes import CAUSES
+from .causes import explained
 from .coercing import ManifestLike, TensorsLike
 from .errors import FrozenWeightsChanged
 from .renaming import Renaming
@@ -16,8 +16,6 @@ from .wording import counted, shown
 
 if TYPE_CHECKING:
     import torch
-
-    from .integrations.pytorch import Watch
 
 __all__ = ["assert_bit_identical", "frozen_weights"]
 
@@ -42,20 +40,14 @@ def assert_bit_identical(a: TensorsLike, b: TensorsLike) -> None:
         raise AssertionError(f"{counted(len(report.tensors))} not bit-identical:\n{table(report.tensors)}")
 
 
-@contextmanager
-def frozen_weights(
-    model: torch.nn.Module,
-    freeze: str | Iterable[str | Mapping[str, Any]] | None = None,
-    *,
-    manifest: ManifestLike | None = None,
-    names: Renaming | None = None,
-    expect_trained: bool = False,
-) -> Iterator[Watch]:
+class frozen_weights:  # noqa: N801 - it reads as a function, and is used as one
     """Assert that what happens in the ``with`` leaves frozen weights as they are; the model is only watched.
+
+    ``with frozen_weights(model, freeze=["**", "!fc"]): train_one_step(model)``
 
     Args:
         model: The model.
-        freeze: Patterns of what must not move: ``["**", "!fc"]``.
+        freeze: Patterns of what must not move, over the model's own names.
         manifest: Instead of patterns, a manifest or its path.
         names: From the model's names to the manifest's, where they differ.
         expect_trained: Whether each trainable tensor has to move.
@@ -64,24 +56,46 @@ def frozen_weights(
         FrozenWeightsChanged: with a table of what moved, where, by how much, and why.
         CkptsurgError: if patterns, manifest and model do not fit.
     """
-    __tracebackhide__ = True
-    watch = api.watch(model, freeze, manifest=manifest, names=names, expect_trained=expect_trained)
-    try:
-        with watch:
-            yield watch
-    except FrozenWeightsChanged as error:
-        if watch.report is None or watch.report.ok:  # somebody else's
-            raise
-        raise FrozenWeightsChanged(_explained(watch.report), causes=error.causes) from None
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        freeze: str | Iterable[str | Mapping[str, Any]] | None = None,
+        *,
+        manifest: ManifestLike | None = None,
+        names: Renaming | None = None,
+        expect_trained: bool = False,
+    ) -> None:
+        __tracebackhide__ = True
+        self._watch = api.watch(model, freeze, manifest=manifest, names=names, expect_trained=expect_trained)
+
+    @property
+    def report(self) -> Report | None:
+        """What became of the frozen tensors; None before the end."""
+        return self._watch.report
+
+    def __enter__(self) -> Self:
+        __tracebackhide__ = True
+        self._watch.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        __tracebackhide__ = True
+        try:
+            self._watch.__exit__(kind, error, trace)
+        except FrozenWeightsChanged as changed:
+            raise FrozenWeightsChanged(_told(self._watch.report), causes=changed.causes) from None
 
 
-def _explained(report: Report) -> str:
+def _told(report: Report | None) -> str:
+    assert report is not None
     if not report.drifted:
         return report.summary()
-    lines = [f"{counted(len(report.drifted), 'frozen tensor')} changed:", table(report.drifted)]
     causes = sorted({difference.cause for difference in report.drifted if difference.cause})
-    lines += [f"{code}: {CAUSES[code].explanation}; {CAUSES[code].remedy}" for code in causes]
-    return "\n".join(lines)
+    head = f"{counted(len(report.drifted), 'frozen tensor')} changed:"
+    return "\n".join([head, table(report.drifted), *map(explained, causes)])
 
 
 def table(differences: Sequence[Difference]) -> str:

@@ -167,6 +167,7 @@ def manifest(spec: Path, ckpt: Path, out: Path, overwrite: bool, digest: str, as
 @click.option("--prefix", metavar="P", help="Take P off the names in CKPT.")
 @_path_option("--names", metavar="MAP", help="A JSON or YAML map from names in CKPT to names in the manifest.")
 @click.option("--allow-widened", is_flag=True, help="Accept the same values in a wider dtype.")
+@click.option("--expect-trained", is_flag=True, help="A trainable tensor that did not move is a difference.")
 @_json
 def verify(
     manifest: Path,
@@ -177,6 +178,7 @@ def verify(
     prefix: str | None,
     names: Path | None,
     allow_widened: bool,
+    expect_trained: bool,
     as_json: bool,
 ) -> int:
     """Prove that every frozen tensor of a trained checkpoint has its bits.
@@ -197,6 +199,7 @@ def verify(
             root=root,
             exact=exact,
             allow_widened=allow_widened,
+            expect_trained=expect_trained,
             progress=advance,
         )
     if as_json:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..causes import CAUSES
+from ..causes import explained
 from ..wording import counted, enumerate_names, shown
 
 if TYPE_CHECKING:
@@ -125,9 +125,9 @@ def show_plan(spec: Spec, plan: Plan) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    groups: dict[tuple[str, bool, str | None], list[PlannedTensor]] = defaultdict(list)
+    groups: dict[tuple[str, bool, str | None, bool], list[PlannedTensor]] = defaultdict(list)
     for tensor in plan.tensors:
-        groups[tensor.action, tensor.frozen, tensor.rule].append(tensor)
+        groups[tensor.action, tensor.frozen, tensor.rule, tensor.rows is not None].append(tensor)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for heading in ("fate", "rule", "pattern"):
         table.add_column(heading, no_wrap=heading != "pattern")
@@ -136,8 +136,8 @@ def show_plan(spec: Spec, plan: Plan) -> None:
     table.add_column("size", justify="right")
     table.add_column("for example", overflow="ellipsis", no_wrap=True)
     order = list(_FATES)
-    for (action, frozen, rule), tensors in sorted(groups.items(), key=lambda item: order.index(item[0][:2])):
-        fate, style = _FATES[action, frozen]
+    for (action, frozen, rule, in_part), tensors in sorted(groups.items(), key=lambda item: order.index(item[0][:2])):
+        fate, style = ("frozen in part", "cyan") if in_part else _FATES[action, frozen]
         table.add_row(
             Text(fate, style=style),
             rule or "",
@@ -160,6 +160,11 @@ def show_plan(spec: Spec, plan: Plan) -> None:
         console.print(line, soft_wrap=True)
     if len(drawn) > _ROWS:
         console.print(f"... and {len(drawn) - _ROWS:,} more; --json lists all")
+    for tensor in [tensor for tensor in plan.output if tensor.rows is not None][:_ROWS]:
+        assert tensor.rows is not None
+        console.print(
+            f"{shown(tensor.name)}  rows {tensor.rows[0]:,} to {tensor.rows[1] - 1:,} are frozen, the rest trains"
+        )
     for path, value in (spec.config.set if spec.config else {}).items():
         console.print(f"config.json  {shown(path)} = {shown(json.dumps(value), 100)}", soft_wrap=True)
     for path in spec.config.unset if spec.config else ():
@@ -220,16 +225,23 @@ def show_report(report: Report, *, exact: bool = False) -> None:
     if report.drifted and not nothing_there:
         console.print(_differences(report.drifted))
     for code in sorted({difference.cause for difference in failed if difference.cause}):
-        console.print(f"{code}: {CAUSES[code].explanation}; {CAUSES[code].remedy}", soft_wrap=True)
+        console.print(explained(code), soft_wrap=True)
     hints = {difference.hint for difference in failed if difference.hint}
     if any(difference.verdict == "changed" and difference.detail is None for difference in failed):
         hints.add("--baseline CKPT, the published output, shows where tensors differ and by how much")
     for hint in sorted(hints):
         console.print(f"hint: {hint}", soft_wrap=True)
-    for names, what in ((report.extra, "not in the manifest"), (report.missing_trainable, "trainable, and missing")):
+    listed = (
+        (report.extra, "not in the manifest", exact),
+        (report.missing_trainable, "trainable, and missing", exact),
+        (report.untrained or (), "trainable, and did not move", True),
+    )
+    for names, what, counts in listed:
         if names:
-            style = "red" if exact else "dim"
+            style = "red" if counts else "dim"
             console.print(Text(f"{counted(len(names))} {what}: {enumerate_names(names)}", style=style), soft_wrap=True)
+    if report.note:
+        console.print(f"note: {report.note}", soft_wrap=True)
     if len(report.drifted) > _ROWS // 2 and not nothing_there:
         console.print(summary, soft_wrap=True)  # the first line is off the screen by now
 
@@ -242,9 +254,13 @@ def _summary(report: Report) -> str:
         return f"{verified} verified, {drifted:,} in a wider dtype"
     if report.ok:
         return f"{verified} verified: every one has its bits"
+    if not report.drifted and report.untrained:
+        return f"{verified} verified, but {counted(len(report.untrained), 'trainable tensor')} did not move"
     if not report.drifted:
         return f"{verified} verified, but there are others than the manifest's"
     if not report.verified and not drifted:
+        if any(difference.cause == "not_saved" for difference in report.drifted):
+            return f"none of the manifest's {counted(missing, 'frozen tensor')} is there: what trains was saved alone"
         return f"none of the manifest's {counted(missing, 'frozen tensor')} is there: is it this model's manifest?"
     counts = ((drifted, "drifted"), (missing, "missing"))
     parts = [f"{counted(count, 'frozen tensor')} {what}" for count, what in counts if count]

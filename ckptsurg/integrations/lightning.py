@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
 
-from ..errors import UsageError
+from ..errors import FreezeError, UsageError
 from ..manifest import Manifest, load_manifest
 from ..renaming import Renaming
-from ..wording import shown
+from ..wording import enumerate_names, shown
 from .pytorch import FrozenModel, Guard, freeze
 
 __all__ = ["FreezeCallback"]
@@ -63,11 +63,20 @@ class FreezeCallback(Callback):
         self.frozen: FrozenModel | None = None
         self._module, self._every, self._expect_trained = module, every, expect_trained
         self._names, self._extra, self._allow_widened = names, extra, allow_widened
-        self._guards: list[Guard] = []
-        self._resumed = False
+        self._guards: dict[int, Guard] = {}
+        self._saves: _Proving | None = None
+
+    @property
+    def state_key(self) -> str:
+        """A Trainer may have several: one for each module that has a manifest."""
+        return self._generate_state_key(module=self._module)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Freeze: the optimizers are not there yet. A checkpoint that is resumed from has to be loaded first."""
+        """Freeze: the optimizers are not there yet.
+
+        Raises:
+            UsageError: if there is no such module.
+        """
         if stage != "fit":
             return
         callbacks: list[Callback] = getattr(trainer, "callbacks", [])
@@ -77,42 +86,68 @@ class FreezeCallback(Callback):
                 UserWarning,
                 stacklevel=2,
             )
-        self._resumed = trainer.ckpt_path is not None
-        if not self._resumed:
+        self._release()
+        self._saves = _Proving(self, pl_module)
+        try:
             self._freeze(pl_module)
+        except FreezeError:
+            pass  # what is resumed from is loaded later; where nothing is, the start of the training says it again
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Freeze what was loaded: its frozen tensors have to be the manifest's, its trained ones need not."""
-        if self._resumed:
+        """Freeze what was loaded: its frozen tensors have to be the manifest's, its trained ones need not.
+
+        Raises:
+            FreezeError: if they are not.
+        """
+        if trainer.state.fn == "fit":
             self._freeze(pl_module)
 
     def _freeze(self, pl_module: LightningModule) -> None:
         try:
             model = pl_module.get_submodule(self._module)
         except AttributeError:
-            raise UsageError(f'module: {type(pl_module).__name__} has no "{shown(self._module)}"') from None
-        if self.frozen is not None:
-            self.frozen.release()
+            raise UsageError(
+                f'module: {type(pl_module).__name__} has no module "{shown(self._module)}"',
+                hint=f"it has {enumerate_names(name for name, _ in pl_module.named_children())}; "
+                "what is to be frozen has to be built in __init__",
+            ) from None
+        self._release()
         self.frozen = freeze(model, self.manifest, self._names, self._extra, allow_widened=self._allow_widened)
 
+    def _release(self) -> None:
+        if self.frozen is not None:
+            self.frozen.release()
+            self.frozen = None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the baseline, and audit the optimizers."""
+        """Take the baseline, and audit the optimizers.
+
+        Raises:
+            FreezeError: if the model does not hold what the manifest freezes.
+            FrozenWeightsChanged: if it did when it was frozen.
+        """
+        if self.frozen is None:
+            self._freeze(pl_module)
         assert self.frozen is not None
         self.frozen.verify().raise_if_changed("at the beginning, ")
         self.frozen.mark()
-        self._guards = [self.frozen.guard(optimizer, every=self._every) for optimizer in trainer.optimizers]
+        self._guards = {id(one): self.frozen.guard(one, every=self._every) for one in trainer.optimizers}
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Look at flags and gradients once more: Lightning goes backward inside of the optimizer's step."""
-        for guard in self._guards[:1]:
-            guard.before_step(getattr(optimizer, "optimizer", optimizer))
+        if (guard := self._guards.get(id(optimizer))) is not None:
+            guard.before_step(optimizer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Prove what is about to be written."""
+        """Prove what is about to be written.
+
+        Raises:
+            FrozenWeightsChanged: if it has not the frozen bits; then nothing is written.
+        """
         state: Mapping[str, Any] = checkpoint.get("state_dict", {})
-        if self.frozen is not None and self._guards and state:
+        if self.frozen is not None and state:
             prefix = f"{self._module}." if self._module else ""
             self.frozen.verify_saved(state, prefix).raise_if_changed("about to save: ")
 
@@ -123,13 +158,19 @@ class FreezeCallback(Callback):
             self.frozen.verify(expect_trained=self._expect_trained).raise_if_changed()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop watching."""
+        """Stop watching the steps. What is saved of the wreck is proven all the same."""
         self._remove()
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the LightningModule as it was found; the model stays frozen."""
+        if stage == "fit" and self._saves is not None:
+            self._saves.remove()
+            self._saves = None
+
     def _remove(self) -> None:
-        for guard in self._guards:
+        for guard in self._guards.values():
             guard.remove()
-        self._guards = []
+        self._guards = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Which manifest the run obeys."""
@@ -144,3 +185,30 @@ class FreezeCallback(Callback):
                 UserWarning,
                 stacklevel=2,
             )
+
+
+class _Proving:
+    """Takes the place of a LightningModule's ``on_save_checkpoint``: of saved weights alone no callback is told.
+
+    A copy of the module, by pickle or deepcopy, gets its class's own method.
+    """
+
+    def __init__(self, callback: FreezeCallback, pl_module: LightningModule) -> None:
+        self._callback, self._module = callback, pl_module
+        self._replaced = pl_module.__dict__.get("on_save_checkpoint")
+        pl_module.__dict__["on_save_checkpoint"] = self
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        method = self._replaced or type(self._module).on_save_checkpoint.__get__(self._module)
+        method(checkpoint)
+        if "callbacks" not in checkpoint:
+            self._callback.on_save_checkpoint(self._module.trainer, self._module, checkpoint)
+
+    def remove(self) -> None:
+        if self._module.__dict__.get("on_save_checkpoint") is self:
+            del self._module.__dict__["on_save_checkpoint"]
+            if self._replaced is not None:
+                self._module.__dict__["on_save_checkpoint"] = self._replaced
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._module, "on_save_checkpoint")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..errors import UsageError
 from ..manifest import Manifest, load_manifest
 from ..renaming import Renaming
 from ..wording import shown
@@ -55,8 +57,10 @@ class FreezeCallback(TrainerCallback):
 
         Raises:
             ManifestError: if the manifest is not valid.
-            UsageError: if there is none.
+            UsageError: if there is none, or ``every`` is no number of steps.
         """
+        if every is not None and (type(every) is not int or every < 1):
+            raise UsageError(f"every: expected a whole number from 1, found {shown(every, 40)}")
         self.manifest = manifest if isinstance(manifest, Manifest) else load_manifest(Path(manifest))
         self.frozen: FrozenModel | None = None
         self._every, self._expect_trained, self._allow_widened = every, expect_trained, allow_widened
@@ -76,12 +80,29 @@ class FreezeCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """Audit the optimizer; and, where training resumes, what was loaded."""
-        frozen = self.frozen
-        if frozen is None or all(module is not frozen.model for module in given["model"].modules()):
-            frozen = self._freeze(given["model"])  # `model_init` makes it anew for every training
-        elif state.global_step:
-            frozen.verify().raise_if_changed(f"resuming at step {state.global_step:,}, ")
-        self._guard = frozen.guard(given["optimizer"], every=self._every, expect_trained=self._expect_trained)
+        if self._guard is not None:  # of a training that did not come to its end
+            self._guard.remove()
+        frozen, model = self.frozen, given["model"]
+        if frozen is None or all(module is not frozen.model for module in model.modules()):
+            frozen = self._freeze(model)  # `model_init` makes it anew for every training
+        else:
+            if frozen.model is not model:
+                frozen.attach(model)
+            when = f"resuming at step {state.global_step:,}, " if state.global_step else "at the beginning, "
+            frozen.verify().raise_if_changed(when)
+        # Fingerprints are compared when the step is over, so that other callbacks are caught too.
+        self._guard = frozen.guard(given["optimizer"], every=None, expect_trained=self._expect_trained)
+        self._guard.steps = state.global_step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        """Compare fingerprints: what the optimizer moved, or a callback before this one, is caught at this step."""
+        if self.frozen is None or self._guard is None or self._every is None or state.global_step % self._every:
+            return
+        begun = time.perf_counter()
+        if self.frozen.moved():
+            self.frozen.verify().raise_if_changed(f"after step {state.global_step:,}, ")
+            self.frozen.mark()  # the same values in a wider dtype have another fingerprint
+        self._guard.seconds += time.perf_counter() - begun
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Prove the checkpoint that was just written."""
@@ -91,11 +112,18 @@ class FreezeCallback(TrainerCallback):
         if not any(folder.glob("*.safetensors")):
             _log.warning("ckptsurg: %s holds no .safetensors, and is not proven", shown(folder))
             return
-        self.frozen.verify_saved(folder).raise_if_changed(f"{shown(folder)}: ")
+        try:
+            report = self.frozen.verify_saved(folder)
+        except UsageError as error:
+            if not (folder / "adapter_config.json").is_file():
+                raise
+            _log.warning("ckptsurg: %s; the live model was proven", error.message)
+            report = self.frozen.verify()
+        report.raise_if_changed(f"{shown(folder)}: ")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Prove all digests."""
         if self._guard is not None:
             self._guard.remove()
             self._guard.prove()
-            _log.info("ckptsurg: frozen weights proven; watching took %s", self._guard.cost())
+            _log.info("ckptsurg: frozen weights proven; watching took %.1f ms", self._guard.seconds * 1e3)

@@ -27,6 +27,7 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import islice
 from math import prod
@@ -56,8 +57,12 @@ ROW_SEEDS = (0xA4093822299F31D0, 0x082EFA98EC4E6C89)
 #: Row keys that are kept for each device; later ones are made again when they are needed.
 _KEPT = 1 << 16
 
-#: Rows of a block, the working set: 2 MiB of words for the caches of a processor, and 16 MiB where a launch is dear.
-_BLOCK_ON_CPU, _BLOCK_ELSEWHERE = 128, 1024
+#: Rows of a block, 16 MiB of words: what is copied at a time, and what launching a kernel is small beside.
+_BLOCK = 1024
+
+#: Rows of a strip, the working set of one thread of a processor, and of a copy that torch makes in the thread that
+#: asks: it shares out work of 2^15 elements and more, and waits long for its threads where cores are shared.
+_STRIP, _UNSHARED = 56, 7
 
 #: Rows that a compiled kernel is given at most, 2^30 words: an index of 32 bits reaches all of them.
 _COMPILED_ROWS = 1 << 18
@@ -131,8 +136,8 @@ class _Device:
         self._device = device
         self._compiled = device.type == "cuda" and _has_triton() if compiled is None else compiled
         self._may_fail = compiled is None
-        self._block = _BLOCK_ON_CPU if device.type == "cpu" else _BLOCK_ELSEWHERE
-        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._block = _BLOCK
+        self._buffers: torch.Tensor | None = None
 
     def lanes(self, tensor: torch.Tensor, offsets: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
         """What a part of a tensor adds to the lanes; shape [2].
@@ -185,27 +190,45 @@ class _Device:
                 if not self._may_fail:
                     raise
                 self._compiled = False  # a machine without a compiler has triton too
-        return self._in_blocks(words, row)
+        in_rows = (self._in_threads if self._device.type == "cpu" else self._in_blocks)(words)
+        return (in_rows * self._row_keys(row, row + len(words))).sum(1)
 
-    def _in_blocks(self, words: torch.Tensor, row: int) -> torch.Tensor:
-        """What ``_row_sums`` is, block by block in two buffers, as nothing fuses its operations."""
+    def _in_threads(self, words: torch.Tensor) -> torch.Tensor:
+        """Sums of each row of words [n, 4096], before row keys; shape [2, n]."""
+        keys = _kept_keys(self._device)[0]
+        sums = torch.empty((2, len(words)), dtype=torch.int64, device=self._device)
+        threads = max(1, min(torch.get_num_threads(), len(words) // _STRIP))
+
+        def work(thread: int) -> None:
+            wide = torch.empty((_STRIP, ROW), dtype=torch.int64, device=self._device)
+            for first in range(thread * _STRIP, len(words), threads * _STRIP):
+                strip = words[first : first + _STRIP]
+                for row in range(0, len(strip), _UNSHARED):
+                    wide[row : row + _UNSHARED][: len(strip) - row].copy_(strip[row : row + _UNSHARED])
+                for lane in (0, 1):
+                    torch.mv(wide[: len(strip)], keys[lane], out=sums[lane, first : first + _STRIP])
+
+        if threads == 1:
+            work(0)
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(work, range(threads)))
+        return sums
+
+    def _in_blocks(self, words: torch.Tensor) -> torch.Tensor:
+        """As ``_in_threads``, with what every device has: CUDA has no product of matrices of integers."""
         if self._buffers is None:
-            shape = (self._block, ROW)
-            self._buffers = (
-                torch.empty(shape, dtype=torch.int64, device=self._device),
-                torch.empty(shape, dtype=torch.int64, device=self._device),
-            )
+            self._buffers = torch.empty((2, self._block, ROW), dtype=torch.int64, device=self._device)
         keys = _kept_keys(self._device)[0]
         sums = torch.empty((2, len(words)), dtype=torch.int64, device=self._device)
         for first in range(0, len(words), self._block):
             block = words[first : first + self._block]
-            wide, product = (buffer[: len(block)] for buffer in self._buffers)
+            wide, product = self._buffers[:, : len(block)]
             wide.copy_(block)
-            torch.mul(wide, keys[0], out=product)
-            torch.sum(product, 1, out=sums[0, first : first + len(block)])
-            torch.mul(wide, keys[1], out=product)
-            torch.sum(product, 1, out=sums[1, first : first + len(block)])
-        return (sums * self._row_keys(row, row + len(words))).sum(1)
+            for lane in (0, 1):
+                torch.mul(wide, keys[lane], out=product)
+                torch.sum(product, 1, out=sums[lane, first : first + self._block])
+        return sums
 
     def _row_keys(self, start: int, stop: int) -> torch.Tensor:
         """Keys of rows ``start`` to ``stop``; shape [2, stop - start]."""

@@ -16,6 +16,7 @@ from ...errors import FrozenWeightsChanged, UsageError
 from ...report import Report
 from ...wording import enumerate_names, shown
 from .rows import put_back
+from .witness import goes_backward
 
 __all__ = ["Guard"]
 
@@ -121,8 +122,7 @@ class Guard:
             if self._every is not None and self.steps % self._every == 0 and self._frozen.moved():
                 self._frozen.verify().raise_if_changed(f"after step {self.steps:,}, ")
                 self._frozen.mark()  # the same values in a wider dtype have another fingerprint
-            if any(given is not None for given in (*args[1:], *options.values())):
-                # A closure goes backward inside of the step: what was wrong was not to be seen before.
+            if goes_backward(args, options):  # what was wrong was not to be seen before
                 self._refuse(self._frozen.before_step(optimizer), f"after step {self.steps:,}:")
 
     def cost(self) -> str:

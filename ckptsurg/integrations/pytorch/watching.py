@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,7 +17,7 @@ from ...report import Report
 from ...verifying import verify
 from .live import LiveModel
 from .tensors import TorchTensors, whole_of
-from .witness import Witness
+from .witness import Witness, goes_backward
 
 __all__ = ["Watch"]
 
@@ -86,13 +87,20 @@ class Watch:
             rows,
         )
         self._handles = [
-            register_optimizer_step_pre_hook(lambda optimizer, *_: self._look(optimizer)),
-            register_optimizer_step_post_hook(lambda *_: self._witness.after()),
+            register_optimizer_step_pre_hook(lambda optimizer, *_: self._before_step(optimizer)),
+            register_optimizer_step_post_hook(self._after_step),
         ]
         return self
 
-    def _look(self, optimizer: torch.optim.Optimizer) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._witness.look(optimizer)
+
+    def _after_step(
+        self, optimizer: torch.optim.Optimizer, args: Sequence[object], options: Mapping[str, object]
+    ) -> None:
+        self._witness.after()
+        if goes_backward(args, options):
+            self._witness.look(optimizer)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -100,6 +108,8 @@ class Watch:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if error is not None:
+            return
         with self._live.whole():
             self.report = verify(
                 self._manifest,
@@ -109,5 +119,4 @@ class Watch:
                 expect_trained=self._expect_trained,
                 witnessed=self._witness.by_saved_name(),
             )
-        if error is None:
-            self.report.raise_if_changed()
+        self.report.raise_if_changed()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -15,12 +15,17 @@ from .holds import mover, shrinks_rows
 from .live import LiveModel
 from .tensors import as_dtensor, unreadable
 
-__all__ = ["Witness", "parameters_of", "tied_to_trainable"]
+__all__ = ["Witness", "goes_backward", "tied_to_trainable"]
 
 
-def parameters_of(optimizer: torch.optim.Optimizer) -> dict[int, torch.Tensor]:
-    """What an optimizer steps, by identity."""
-    return {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
+def goes_backward(args: Sequence[object], options: Mapping[str, object]) -> bool:
+    """Whether a step of an optimizer was given a closure, so that gradients come inside of it.
+
+    Args:
+        args: Positional arguments of the step, the optimizer first, as a hook gets them.
+        options: Its keyword arguments.
+    """
+    return any(given is not None for given in (*args[1:], *options.values()))
 
 
 class Witness:
@@ -61,7 +66,8 @@ class Witness:
         Returns:
             What the step is about to do wrong: cause codes by live name.
         """
-        now, stepped = self._live.now(), parameters_of(optimizer)
+        now = self._live.now()
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         about: dict[str, str] = {}
         without_gradient: list[str] = []
         for name in self._frozen:
@@ -114,7 +120,7 @@ class Witness:
         group = next(group for group in optimizer.param_groups if any(one is tensor for one in group["params"]))
         return "weight_decay" if group.get("weight_decay") else "zero_grad_not_none"
 
-    def _replaced(self, now: Mapping[str, torch.Tensor], stepped: Mapping[int, torch.Tensor]) -> Iterable[str]:
+    def _replaced(self, now: Mapping[str, torch.Tensor], stepped: Collection[int]) -> Iterable[str]:
         """Parameters that the optimizer steps although the model has others in their place by now."""
         for name, reference in self._were.items():
             was = reference()
