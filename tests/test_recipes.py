@@ -252,6 +252,35 @@ def test_llama_pruned(tmp_path, llama):
     assert _folder_moved(manifest, tmp_path / "out", tmp_path / "trained") == {"lm_head.weight"}
 
 
+def test_llama_old_tokens(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32064, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    manifest = ckptsurg.rewrite(SPECS / "llama-old-tokens.yaml", tmp_path / "llama", tmp_path / "out")
+    model = _load(LlamaForCausalLM, tmp_path / "out")
+    frozen = ckptsurg.freeze(model, manifest)
+    tokens = torch.tensor([[1, 2, 31999, 32000, 32063, 3]])
+    optimizer = torch.optim.AdamW(frozen.trainable_parameters(), lr=1e-2, weight_decay=0.1)
+    with frozen.guard(optimizer, expect_trained=True):
+        for _ in range(5):
+            model.train()
+            optimizer.zero_grad()
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+    model.save_pretrained(tmp_path / "trained")
+    assert ckptsurg.verify(manifest, tmp_path / "trained", expect_trained=True).verified == len(manifest.tensors)
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("out", "trained"))
+    assert _moved(before, after) == {"model.embed_tokens.weight", "lm_head.weight"}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        old, new = (tensors[name].numpy() for tensors in (before, after))
+        assert old[:32000].tobytes() == new[:32000].tobytes()
+        assert (old[32000:] != new[32000:]).any(1).sum() >= 2  # the rows of the new tokens that were there
+
+
 def test_bert_new_classifier(tmp_path):
     from transformers import BertConfig, BertForSequenceClassification
 

@@ -479,5 +479,5 @@ def test_a_second_phase_has_its_own_manifest(tmp_path):
 def test_a_model_that_was_not_loaded_from_the_output(tmp_path):
     out = publish("bert", tmp_path)
     fresh = transformers.BertForSequenceClassification(transformers.BertConfig(**TEXT, num_labels=LABELS))
-    with pytest.raises(ckptsurg.FreezeError, match="bert.embeddings.word_embeddings.weight.* has other bits"):
+    with pytest.raises(ckptsurg.FreezeError, match=r"bert\.embeddings\.word_embeddings\.weight.* has other bits"):
         trainer_of("bert", out, FreezeCallback(out), model=fresh)
