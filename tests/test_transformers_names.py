@@ -76,6 +76,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "MixtralForCausalLM": dict(TEXT, num_local_experts=4),
     "Qwen2MoeForCausalLM": dict(EXPERTS, shared_expert_intermediate_size=16),
     "DeepseekV3ForCausalLM": GROUPED,
+    "Qwen3_5MoeForCausalLM": dict(
+        EXPERTS, shared_expert_intermediate_size=16, head_dim=8, linear_num_key_heads=2, linear_num_value_heads=2,
+        linear_key_head_dim=8, linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"],
+    ),
     "JambaForCausalLM": dict(
         TEXT, num_experts=4, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=1, expert_layer_offset=0,
         use_mamba_kernels=False,
@@ -87,7 +91,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Ernie4_5_VLMoeForConditionalGeneration": {
         "text_config": dict(
             TEXT, moe_intermediate_size=[16, 8], moe_num_experts=4, moe_k=2, moe_num_shared_experts=1,
-            mlp_layer_types=["dense", "sparse"], rope_parameters=THREE_AXES,
+            mlp_layer_types=["sparse", "sparse"], rope_parameters=THREE_AXES,
         ),
         "vision_config": dict(DEEP_VISION, intermediate_size=48),
     },
@@ -284,6 +288,10 @@ def old_norm(name: str) -> str:
     )
 
 
+def below_vision(name: str) -> str:
+    return name.replace("model.", "model.language_model.")
+
+
 AS_LIVE = {"save_original_format": False}
 
 
@@ -311,6 +319,7 @@ AS_LIVE = {"save_original_format": False}
         # one model of several
         ("CLIPModel", str, {}, "CLIPVisionModel", ("text_", "visual_projection.", "logit_scale")),
         ("CLIPModel", str, {}, "CLIPTextModel", ("vision_", "visual_projection.", "text_projection.", "logit_scale")),
+        ("Qwen3_5MoeForCausalLM", below_vision, {}, "Qwen3_5MoeForCausalLM", ()),
         ("LlavaForConditionalGeneration", str, {}, "LlavaModel", ("language_model.lm_head.",)),
         ("Qwen2VLForConditionalGeneration", str, {}, "Qwen2VLModel", ("lm_head.",)),
         # files that are cut as the model is
@@ -318,6 +327,7 @@ AS_LIVE = {"save_original_format": False}
         ("MixtralForCausalLM", str, AS_LIVE, "MixtralForCausalLM", ()),
         ("MixtralModel", str, AS_LIVE, "MixtralForCausalLM", ()),
         ("HrmTextForCausalLM", str, AS_LIVE, "HrmTextModel", ("lm_head.",)),
+        ("MistralLarge4ForConditionalGeneration", str, AS_LIVE, "MistralLarge4ForConditionalGeneration", ()),
         ("LlavaForConditionalGeneration", str, AS_LIVE, "LlavaForConditionalGeneration", ()),
     ],
 )
@@ -345,9 +355,27 @@ def test_the_user_s_own_names(tmp_path: Path) -> None:
 def test_two_names_for_one_tensor_are_left_alone() -> None:
     model = build("BertForSequenceClassification")
     wanted = ["embeddings.LayerNorm.weight", "bert.embeddings.LayerNorm.gamma", "embeddings.LayerNorm.bias"]
+    wanted += ["pooler.dense.weight", "bert.pooler.dense.weight"]
     saved = {part.live: part.saved for part in parts_as_saved(model, live_tensors(model), wanted)}
     assert saved["bert.embeddings.LayerNorm.weight",] == ("bert.embeddings.LayerNorm.weight",)
     assert saved["bert.embeddings.LayerNorm.bias",] == ("embeddings.LayerNorm.bias",)
+    assert saved["bert.pooler.dense.weight",] == ("bert.pooler.dense.weight",)
+
+
+def test_a_tensor_that_is_there_whole_and_in_pieces_is_in_pieces() -> None:
+    model = build("MixtralForCausalLM")
+    fused = "model.layers.1.mlp.experts.down_proj"
+    wanted = [fused, "model.layers.1.block_sparse_moe.experts.0.w2.weight"]
+    saved = {part.live: part.saved for part in parts_as_saved(model, live_tensors(model), wanted)}
+    assert len(saved[fused,]) == 4
+
+
+def test_what_belongs_together_is_split_a_layer_at_a_time() -> None:
+    model = build("Ernie4_5_VLMoeForConditionalGeneration")
+    parts = parts_as_saved(model, live_tensors(model), ())
+    experts = [part.live for part in parts if any(".text_moe.experts." in name for name in part.live)]
+    assert len(experts) == 2
+    assert all(len(live) == 4 for live in experts)
 
 
 # --- What cannot be taken back ----------------------------------------------------------------------

@@ -71,18 +71,9 @@ class _Group:
 
 def _part(model: PreTrainedModel, group: _Group, called: Mapping[str, str]) -> Part:
     names = {name: called.get(name, name) for name in group.saved}
-    split: Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
-    if not group.as_is:
-        split = partial(_split, model, group.live, names)
-    elif group.live == (*names.values(),):
-        split = dict
-    else:
-        split = partial(_renamed, group.live[0], names[group.saved[0]])
-    return Part(group.live, tuple(names.values()), split)
-
-
-def _renamed(live: str, saved: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {saved: tensors[live]}
+    if group.as_is:
+        return Part.one(group.live[0], *names.values())
+    return Part(group.live, tuple(names.values()), partial(_split, model, group.live, names))
 
 
 def _split(
@@ -265,7 +256,9 @@ def _called_as_wanted(
     claims: dict[str, list[str]] = defaultdict(list)  # wanted names by the saved name that they stand for
     live_claims: dict[str, list[str]] = defaultdict(list)  # by the live name, of a file that is cut like the model
     for name in missing:
-        called, _ = rename(name, one_way, [], base, with_saved)
+        called, _ = rename(name, [], [], base, with_saved)
+        if called not in with_saved:
+            called, _ = rename(name, one_way, [], base, with_saved)
         if called in with_saved:
             claims[called].append(name)
             continue
