@@ -245,7 +245,7 @@ def verify(
             exact=exact,
             allow_widened=widened,
             expect_trained=expect_trained,
-            witnessed={} if is_model(ckpt_or_model) else None,
+            saved=not is_model(ckpt_or_model),
             progress=progress,
         )
 

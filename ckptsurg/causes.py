@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .comparing import Traits
 from .report import Difference
+from .traits import Traits
 
 __all__ = ["CAUSES", "Cause", "Evidence", "explained", "moving_buffer", "reparametrised_as", "with_causes"]
 
@@ -124,8 +124,8 @@ class Evidence:
         names: All names of the manifest.
         given: What the other side calls its tensors, wrappers aside.
         ranks: Number of dimensions of each frozen floating-point tensor.
-        live: Whether the other side is a live model.
-        witnessed: Causes that were seen while the model trained, by name.
+        saved: Whether the other side was saved, so that what it lacks was left out.
+        witnessed: Causes that were seen while the model trained, by name; None where nobody watched.
         traits: How each tensor changed, where a baseline shows it.
         twins: Frozen tensors that were equal to a trainable one before, and are so after.
         recognised: Whether any tensor of the manifest is there.
@@ -134,8 +134,8 @@ class Evidence:
     names: Collection[str]
     given: Collection[str]
     ranks: Mapping[str, int]
-    live: bool = False
-    witnessed: Mapping[str, str] = field(default_factory=dict)
+    saved: bool = True
+    witnessed: Mapping[str, str] | None = None
     traits: Mapping[str, Traits] = field(default_factory=dict)
     twins: Collection[str] = ()
     recognised: bool = True
@@ -164,6 +164,8 @@ class _Settling:
         kinds = {name: moving_buffer(name, evidence.names) for name in self._moved}
         # Optimizers, casts and averages do not single buffers out: where nothing else moved, the forward pass did it.
         self._buffers = kinds if all(kinds.values()) else {}
+        if evidence.witnessed is not None:  # whoever watched knows better, but for a layer that trained in passing
+            self._buffers = {name: kind for name, kind in kinds.items() if kind and _counter(name) in self._moved}
 
     def cause(self, difference: Difference) -> str | None:
         name, evidence = difference.name, self._evidence
@@ -178,7 +180,7 @@ class _Settling:
                     return "dtype_only"
                 if difference.verdict == "dtype":
                     return None
-                return evidence.witnessed.get(name) or self._why_changed(name, traits)
+                return (evidence.witnessed or {}).get(name) or self._why_changed(name, traits)
         return None
 
     def _why_missing(self, name: str) -> str | None:
@@ -186,44 +188,74 @@ class _Settling:
         if reparametrised_as(name, evidence.given) is not None:
             return "reparametrised"
         # Where nothing is there, names differ, or it is another model: that is no omission.
-        return "not_saved" if evidence.recognised and not evidence.live else None
+        return "not_saved" if evidence.recognised and evidence.saved else None
 
     def _why_changed(self, name: str, traits: Traits | None) -> str | None:
         if name in self._evidence.twins:
             return "tied"
         if (buffer := self._buffers.get(name)) is not None:
-            return buffer
+            return None if buffer == "batchnorm_stats" and self._was_reset(name) else buffer
         if traits is None:
             return None
         if self._counted_on(name):
             return "batchnorm_stats"
-        if traits.shrank_by_one_ratio:
+        others = self._evidence.traits.values()
+        # Equal values shrink by one ratio whatever moves them, so others have to bear witness.
+        if traits.shrank_by_one_ratio or any(o.shrank_by_one_ratio and traits.shrank_like(o) for o in others):
             return "weight_decay"
-        if self._all_moved(lambda other: other.within_ulps(4)) and self._moved_vectors():
+        if self._averaged():
             return "ema_rounding"
-        if (
-            self._all_moved(lambda other: other.is_rounding_of_sums)
-            and self._held_vectors()
-            and not self._moved_vectors()
-        ):
-            return "merge_roundtrip"
-        return None
+        return "merge_roundtrip" if self._merged() else None
+
+    def _counter(self, name: str) -> Traits | None:
+        """How the counter of a running statistic changed; None if it did not, or that is not known."""
+        return self._evidence.traits.get(_counter(name)) if name.rpartition(".")[2] in _STATISTICS else None
 
     def _counted_on(self, name: str) -> bool:
-        """Whether it is a running statistic whose counter has gone up: only a forward pass counts."""
-        module, separator, leaf = name.rpartition(".")
-        counter = self._evidence.traits.get(f"{module}{separator}num_batches_tracked")
-        return leaf in _STATISTICS and counter is not None and counter.grew
+        """Whether the counter has gone up, as only a forward pass makes it; and the model is no retrained one."""
+        counter = self._counter(name)
+        return counter is not None and counter.grew and all(one.is_akin for one in self._traits(lambda rank: rank >= 2))
 
-    def _all_moved(self, law: Callable[[Traits], bool]) -> bool:
-        return all(name in self._evidence.traits and law(self._evidence.traits[name]) for name in self._moved)
+    def _was_reset(self, name: str) -> bool:
+        counter = self._counter(name)
+        return counter is not None and not counter.grew
 
-    def _moved_vectors(self) -> bool:
-        return any(self._evidence.ranks.get(name) == 1 for name in self._moved)
+    def _averaged(self) -> bool:
+        """Whether everything moved as in a moving average of values that stand still."""
+        traits = self._traits()
+        if not traits or not all(one.is_rounding_of_products for one in traits):
+            return False
+        shrank, rose = any(one.shrank for one in traits), any(one.rose for one in traits)
+        one_way = not (shrank and rose) or all(one.ulps <= 4 for one in traits)
+        return one_way and sum(one.changed for one in traits) >= 16 and not self._some_held(lambda rank: rank >= 2)
 
-    def _held_vectors(self) -> bool:
+    def _merged(self) -> bool:
+        """Whether some matrices, and nothing but matrices, moved as rounding makes them that adds and takes away."""
+        traits = self._traits()
+        return (
+            len(traits) > 1
+            and all(one.is_rounding_of_sums for one in traits)
+            and sum(one.changed for one in traits) >= 8
+            and not self._traits(lambda rank: rank == 1)
+            and self._some_held(lambda rank: rank == 1)
+            and self._some_held(lambda rank: rank >= 2)
+        )
+
+    def _traits(self, law: Callable[[int], bool] = lambda rank: True) -> list[Traits]:
+        """Of the frozen tensors with fractions that moved, those of some ranks; none if one of them is not known."""
+        ranks, known = self._evidence.ranks, self._evidence.traits
+        names = [name for name in self._moved if name in ranks and law(ranks[name])]
+        return [known[name] for name in names] if all(name in known for name in names) else []
+
+    def _some_held(self, law: Callable[[int], bool]) -> bool:
         gone = {*self._moved, *self._missing}
-        return any(rank == 1 and name not in gone for name, rank in self._evidence.ranks.items())
+        return any(law(rank) and name not in gone for name, rank in self._evidence.ranks.items())
+
+
+def _counter(name: str) -> str:
+    """What counts the batches of the norm layer that has a tensor."""
+    module, separator, _ = name.rpartition(".")
+    return f"{module}{separator}num_batches_tracked"
 
 
 _STATISTICS = frozenset(("running_mean", "running_var", "num_batches_tracked"))

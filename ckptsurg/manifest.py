@@ -78,7 +78,12 @@ class TensorRecord(Model):
     @property
     def trains(self) -> bool:
         """Whether training may change it, if only in a part."""
-        return not self.frozen or self.rows is not None
+        return not self.frozen or (self.rows is not None and self.rows.stop - self.rows.start < self.shape[0])
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it is frozen, however many rows it may get."""
+        return self.frozen and self.rows is None
 
     @property
     def held(self) -> TensorInfo:
@@ -226,7 +231,7 @@ def root_of(tensors: Mapping[str, TensorRecord], algorithm: str) -> str:
 def frozen_root_of(tensors: Mapping[str, TensorRecord], algorithm: str) -> str:
     """The same over the frozen tensors; of one that is frozen in a part, the digest of the whole is null."""
     lines = (
-        _line(name, record, None if record.trains else record.digest)
+        _line(name, record, record.digest if record.is_whole else None)
         for name, record in _by_name(tensors)
         if record.frozen
     )
@@ -260,7 +265,7 @@ def _counts(tensors: Mapping[str, TensorRecord], dropped: tuple[str, ...]) -> Co
 def _tied(tensors: Mapping[str, TensorRecord]) -> tuple[tuple[str, ...], ...]:
     groups: dict[str, list[str]] = defaultdict(list)
     for name, record in tensors.items():
-        if not record.trains and len(record.shape) >= 2:
+        if record.is_whole and len(record.shape) >= 2:
             groups[record.digest].append(name)
     return tuple(tuple(names) for names in groups.values() if len(names) > 1)
 

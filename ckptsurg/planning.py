@@ -171,14 +171,10 @@ class _Fates:
         names = self._space.names.names
         return np.array([rule.keep and name in self._freeze.rows for name in names], np.bool_)
 
-    def rows(self, name: str, shape: Sequence[int]) -> tuple[int, int] | None:
-        """Which rows are frozen of a tensor of this shape; None for all, or none, of them."""
-        rows = self._freeze.rows.get(name)
-        return None if rows is not None and rows == (0, shape[0]) else rows
-
-    def names_rows(self, name: str) -> bool:
-        """Whether freeze names rows of a tensor."""
-        return name in self._freeze.rows
+    @property
+    def rows(self) -> Mapping[str, tuple[int, int]]:
+        """First row and the one after the last, of tensors of which freeze names a part."""
+        return self._freeze.rows
 
     def check_kept(self, name: str, old: TensorInfo, new: TensorInfo) -> None:
         """Report frozen rows that a rule with ``keep`` does not keep."""
@@ -270,7 +266,7 @@ class _Draws:
 
 def _copied(name: str, info: TensorInfo, fates: _Fates) -> PlannedTensor:
     frozen, rule = fates.copied[name]
-    rows = fates.rows(name, info.shape) if frozen else None
+    rows = fates.rows.get(name) if frozen else None
     return PlannedTensor(
         name=name, action="copy", frozen=frozen, dtype=info.dtype, shape=info.shape, rule=rule, rows=rows
     )
@@ -282,14 +278,14 @@ def _dropped(name: str, info: TensorInfo, rule: str | None) -> PlannedTensor:
 
 def _drawn(name: str, old: TensorInfo, spec: Spec, position: int, draws: _Draws, fates: _Fates) -> PlannedTensor:
     rule, info = spec.reinit[position], draws.shapes[name]
-    rows = fates.rows(name, info.shape) if rule.keep and not rule.frozen else None
+    rows = fates.rows.get(name) if rule.keep and not rule.frozen else None
     if rule.keep:
         fates.check_kept(name, old, info)
     init = draws.resolved(name, info, rule.init, ("reinit", position, "init"))
     return PlannedTensor(
         name=name,
         action="reinit",
-        frozen=rule.frozen or (rule.keep and fates.names_rows(name)),
+        frozen=rule.frozen or rows is not None,
         dtype=info.dtype,
         shape=info.shape,
         rule=spec.written(("reinit", position)),

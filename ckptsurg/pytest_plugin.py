@@ -40,14 +40,20 @@ def frozen_weights(request: pytest.FixtureRequest) -> Callable[..., AbstractCont
     from .testing import frozen_weights
 
     def watched(model: Any, freeze: Any = None, **options: Any) -> AbstractContextManager[Any]:
-        if freeze is None and options.get("manifest") is None:
-            marker = request.node.get_closest_marker("frozen_weights")
-            if marker is not None:
-                freeze = marker.args[0] if marker.args else None
-                options = {**marker.kwargs, **options}
-                freeze = options.pop("freeze", freeze)
-            elif (path := request.config.getoption("--freeze-manifest")) is not None:
-                options["manifest"] = path
+        __tracebackhide__ = True
+        options = {name: value for name, value in options.items() if value is not None}
+        if freeze is None and "manifest" not in options:
+            if (marker := request.node.get_closest_marker("frozen_weights")) is not None:
+                if len(marker.args) > 1:
+                    listed = f"frozen_weights({list(marker.args)!r})"
+                    raise pytest.UsageError(
+                        f"the marker frozen_weights takes one selector; several are a list: {listed}"
+                    )
+                options = {"freeze": next(iter(marker.args), None), **marker.kwargs, **options}
+                freeze = options.pop("freeze")
+            path = request.config.getoption("--freeze-manifest")
+            if freeze is None and options.get("manifest") is None and path is not None:
+                options["manifest"] = request.config.invocation_params.dir / path
         return frozen_weights(model, freeze, **options)
 
     return watched

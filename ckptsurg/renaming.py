@@ -15,7 +15,9 @@ __all__ = ["Renaming", "align", "common_prefix", "renamed", "unwrapped"]
 Renaming: TypeAlias = Mapping[str, str] | Callable[[str], str]
 
 #: Segments that wrappers add, wherever they stand.
-_WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"))
+_WRAPPERS = frozenset(
+    ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer", "token_adapter")
+)
 
 
 def unwrapped(name: str) -> str:

@@ -126,6 +126,9 @@ class Report(Document):
             count = sum(difference.verdict != "dtype_only" for difference in self.drifted) or len(self.drifted)
             head = f"{counted(count, 'frozen tensor')} changed:"
             lines = [difference.describe() for difference in self.drifted]
+            if self.untrained:
+                names = enumerate_names(self.untrained)
+                lines.append(f"{counted(len(self.untrained), 'trainable tensor')} did not move: {names}")
         elif self.untrained:
             head = f"{counted(len(self.untrained), 'trainable tensor')} did not move:"
             lines = [shown(name) for name in self.untrained]

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Self
 from . import api
 from .causes import explained
 from .coercing import ManifestLike, TensorsLike
-from .errors import FrozenWeightsChanged
+from .errors import CkptsurgError, FrozenWeightsChanged
 from .renaming import Renaming
 from .report import Detail, Difference, Report
-from .wording import counted, shown
+from .wording import counted, enumerate_names, shown
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,8 @@ def assert_bit_identical(a: TensorsLike, b: TensorsLike) -> None:
         CheckpointError: if a checkpoint is malformed.
     """
     __tracebackhide__ = True
-    report = api.diff(a, b)
+    with _ending_here():
+        report = api.diff(a, b)
     if not report.ok:
         raise AssertionError(f"{counted(len(report.tensors))} not bit-identical:\n{table(report.tensors)}")
 
@@ -67,7 +68,8 @@ class frozen_weights:  # noqa: N801 - it reads as a function, and is used as one
         expect_trained: bool = False,
     ) -> None:
         __tracebackhide__ = True
-        self._watch = api.watch(model, freeze, manifest=manifest, names=names, expect_trained=expect_trained)
+        with _ending_here():
+            self._watch = api.watch(model, freeze, manifest=manifest, names=names, expect_trained=expect_trained)
 
     @property
     def report(self) -> Report | None:
@@ -76,7 +78,8 @@ class frozen_weights:  # noqa: N801 - it reads as a function, and is used as one
 
     def __enter__(self) -> Self:
         __tracebackhide__ = True
-        self._watch.__enter__()
+        with _ending_here():
+            self._watch.__enter__()
         return self
 
     def __exit__(
@@ -89,13 +92,31 @@ class frozen_weights:  # noqa: N801 - it reads as a function, and is used as one
             raise FrozenWeightsChanged(_told(self._watch.report), causes=changed.causes) from None
 
 
+class _ending_here:  # noqa: N801 - it reads as a function, and is used as one
+    """Errors come without the way that they took through this package: the test's own line says more."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        __tracebackhide__ = True
+        if isinstance(error, CkptsurgError):
+            raise error.with_traceback(None) from None
+
+
 def _told(report: Report | None) -> str:
     assert report is not None
     if not report.drifted:
         return report.summary()
     causes = sorted({difference.cause for difference in report.drifted if difference.cause})
     head = f"{counted(len(report.drifted), 'frozen tensor')} changed:"
-    return "\n".join([head, table(report.drifted), *map(explained, causes)])
+    lines = [head, table(report.drifted), *map(explained, causes)]
+    if report.untrained:
+        names = enumerate_names(report.untrained)
+        lines.append(f"{counted(len(report.untrained), 'trainable tensor')} did not move: {names}")
+    return "\n".join(lines)
 
 
 def table(differences: Sequence[Difference]) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NoReturn
 
 from .causes import Evidence, with_causes
-from .comparing import FLOATS, Traits, compare, is_wider, narrowed_digest, same_bits, was_cast
+from .comparing import compare, is_wider, narrowed_digest, same_bits, was_cast
 from .errors import CheckpointError, UsageError
 from .manifest import Manifest, TensorRecord
 from .metering import Meter, Progress
 from .renaming import Renaming, align, common_prefix, renamed, unwrapped
 from .report import Difference, DiffReport, Report
 from .tensors import Buffer, TensorInfo, TensorSource, algorithm_of, digest_of
+from .traits import FLOATS, Traits
 from .wording import shown
 
 __all__ = ["check_root", "diff", "verify"]
@@ -39,7 +40,8 @@ def verify(
     allow_widened: bool = False,
     expect_trained: bool = False,
     witnessed: Mapping[str, str] | None = None,
-    saved: bool | None = None,
+    saved: bool = True,
+    also_given: Collection[str] = (),
     progress: Progress | None = None,
 ) -> Report:
     """Prove that every frozen tensor has the bits that the manifest records.
@@ -53,8 +55,9 @@ def verify(
         exact: Whether tensors that the manifest lacks, and trainable ones that are missing, count.
         allow_widened: Whether a tensor in a wider dtype with the same values is accepted.
         expect_trained: Whether trainable tensors that did not move, or are missing, count.
-        witnessed: Of a live model, causes that were seen while it trained, by name.
-        saved: Whether ``trained`` was saved, so that what it lacks was left out; None: if it is no live model.
+        witnessed: Causes that were seen while the model trained, by name; None where nobody watched.
+        also_given: Further names of the other side, that stand for none of the manifest's.
+        saved: Whether ``trained`` was saved, so that what it lacks was left out; a live model is not.
         progress: Told how many bytes are read.
 
     Raises:
@@ -88,10 +91,10 @@ def verify(
     drifted = _without_absent_twins(manifest, drifted)
     evidence = Evidence(
         names=manifest.tensors.keys(),
-        given={unwrapped(name) for name in given} if drifted else (),
+        given={unwrapped(name) for name in (*given, *also_given)} if drifted else (),
         ranks={name: len(record.shape) for name, record in frozen.items() if record.dtype in FLOATS},
-        live=not (witnessed is None if saved is None else saved),
-        witnessed=witnessed or {},
+        saved=saved,
+        witnessed=witnessed,
         traits=traits,
         twins=_moving_twins(manifest, drifted, trained, partners),
         recognised=bool(partners),
@@ -152,16 +155,23 @@ def _untrained(
         if record.dtype not in FLOATS or not record.info.elements:
             continue
         partner = partners.get(name)
-        if partner is not None and trained.tensors[partner] == record.info:
-            digest = digest_of(meter.over(trained.read(partner)), algorithm_of(record.digest))
-            if digest == record.digest:
-                still.append(name)
-            else:
-                moved.add(record.digest)
-        elif partner is None:
+        if partner is None or _has_digest(record, trained, partner, meter):
             still.append(name)
+        else:
+            moved.add(record.digest)
     # Of tied tensors a saver writes one.
     return (name for name in still if name in partners or trainable[name].digest not in moved)
+
+
+def _has_digest(record: TensorRecord, trained: TensorSource, partner: str, meter: Meter) -> bool:
+    """Whether a tensor is all that its record says, if in a wider dtype."""
+    info, algorithm = trained.tensors[partner], algorithm_of(record.digest)
+    if info.shape != record.shape:
+        return False
+    if is_wider(info.dtype, record.dtype):
+        chunks = meter.over(trained.read(partner))
+        return narrowed_digest(chunks, info.dtype, record.dtype, algorithm) == record.digest
+    return info.dtype == record.dtype and digest_of(meter.over(trained.read(partner)), algorithm) == record.digest
 
 
 def _moving_twins(
@@ -219,7 +229,7 @@ class _Baseline:
 
         if difference.verdict == "dtype":
             cast = was_cast(before, after, record.dtype, info.dtype)
-            return difference, Traits(changed=1, casts=(info.dtype,)) if cast else None
+            return difference, Traits.of_cast(info.dtype) if cast else None
         found = compare(before, after, record.held)
         if found is None:
             return difference, None

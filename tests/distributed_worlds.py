@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -78,7 +79,7 @@ def play(rank: int, folder: Path) -> None:
         init_method=f"file://{folder / 'rendezvous'}",
         rank=rank,
         world_size=RANKS,
-        timeout=timedelta(seconds=15),
+        timeout=timedelta(seconds=30),
     )
     seen: dict[str, dict[str, Any] | str] = {}
     for name, function in SCENES.items():
@@ -86,7 +87,7 @@ def play(rank: int, folder: Path) -> None:
         try:
             seen[name] = function(rank, folder)
         except Exception:
-            seen[name] = traceback.format_exc()
+            seen[name] = traceback.format_exc(limit=-6)
         (folder / f"seen.{rank}").write_bytes(pickle.dumps(seen))
         dist.barrier()
     dist.destroy_process_group()
@@ -126,7 +127,14 @@ def bits(state: dict[str, torch.Tensor]) -> dict[str, bytes]:
 
 
 def caught(
-    frozen: Any, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, deed: Any, *, at: int = 3, steps: int = 3
+    frozen: Any,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rank: int,
+    deed: Any,
+    *,
+    at: int = 3,
+    steps: int = 3,
 ) -> dict[str, Any]:
     """What the guard says of a deed at one of the steps: at which step, in what words, with which causes."""
     guard = frozen.guard(optimizer)
@@ -201,9 +209,12 @@ def ddp_rows(rank: int, folder: Path) -> dict[str, Any]:
     frozen = ckptsurg.freeze(net, folder / "rows.freeze.json")
     model = DistributedDataParallel(net)
     optimizer = adamw(frozen)
+    gradients = []
     with frozen.guard(optimizer, every=1, expect_trained=True):
-        train(model, optimizer, rank, 5)
-    return {"bits": bits(net.state_dict())}
+        for number in range(1, 6):
+            step(model, optimizer, rank, number)
+            gradients.append(net.embed.weight.grad[2:8].abs().max().item())
+    return {"bits": bits(net.state_dict()), "gradients": gradients}
 
 
 # --- fully_shard ------------------------------------------------------------------------------------
@@ -243,7 +254,7 @@ def fsdp2(rank: int, folder: Path) -> dict[str, Any]:
         "local": {name: list(one.to_local().shape) for name, one in model.named_parameters()},
         "bits": bits(state),
         "saved": frozen.verify_saved(model.state_dict()).ok,
-        "statistics": bits({name: one for name, one in net.named_buffers()}),
+        "statistics": bits(dict(net.named_buffers())),
         "kept": frozen.kept_in_evaluation,
     }
 
@@ -312,7 +323,10 @@ def fsdp2_rows(rank: int, folder: Path) -> dict[str, Any]:
     model = sharded(net)
     moved_by_sharding = frozen.moved()
     gradients = []
-    optimizers = [adamw(frozen), torch.optim.SGD(frozen.trainable_parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)]
+    optimizers = [
+        adamw(frozen),
+        torch.optim.SGD(frozen.trainable_parameters(), lr=0.05, momentum=0.9, weight_decay=0.1),
+    ]
     for optimizer in optimizers:
         with frozen.guard(optimizer, every=1, expect_trained=True):
             for number in range(1, 6):
@@ -356,13 +370,17 @@ def fsdp2_frozen_after_sharding(rank: int, folder: Path) -> dict[str, Any]:
 
 
 def flattened(net: Net) -> FullyShardedDataParallel:
-    """Two units: the body, and all around it."""
-    return FullyShardedDataParallel(
-        net,
-        use_orig_params=True,
-        device_id=torch.device("cpu"),
-        auto_wrap_policy=ModuleWrapPolicy({nn.Sequential}),
-    )
+    """Two units, the body and all around it, in each of which some parameters train."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "body has both parameters with requires_grad=True and False"
+        )  # it costs memory
+        return FullyShardedDataParallel(
+            net,
+            use_orig_params=True,
+            device_id=torch.device("cpu"),
+            auto_wrap_policy=ModuleWrapPolicy({nn.Sequential}),
+        )
 
 
 @scene
@@ -412,6 +430,19 @@ def fsdp1_attached_to_another(rank: int, folder: Path) -> dict[str, Any]:
 
 
 @scene
+def fsdp1_rows(rank: int, folder: Path) -> dict[str, Any]:
+    """A process has a piece of a flat parameter, which knows no rows."""
+    net = loaded(folder)
+    frozen = ckptsurg.freeze(net, folder / "rows.freeze.json")
+    model = flattened(net)
+    seen: dict[str, Any] = {"message": ""}
+    with error_of(ckptsurg.FreezeError, seen):
+        frozen.attach(model)
+        train(model, adamw(frozen), rank, 1)
+    return seen
+
+
+@scene
 def fsdp1_saboteur(rank: int, folder: Path) -> dict[str, Any]:
     net = loaded(folder)
     frozen = ckptsurg.freeze(net, folder / "base.freeze.json")
@@ -419,10 +450,12 @@ def fsdp1_saboteur(rank: int, folder: Path) -> dict[str, Any]:
     frozen.attach(model)
 
     def deed() -> None:
-        """The body's flat parameter begins with the weight of its first layer, on rank 0."""
+        """What a name of the model has now is this process's piece of a flat parameter."""
+        piece = next(
+            one for name, one in model.named_parameters() if name.endswith("body._fsdp_wrapped_module.0.weight")
+        )
         if rank == 0:
-            [flat] = [handle.flat_param for handle in net.body._all_handles]
-            flat[0] += 2.0**-20
+            piece.view(-1)[0] += 2.0**-20
 
     return caught(frozen, model, adamw(frozen), rank, deed)
 
@@ -440,18 +473,3 @@ def fsdp1_reenabled(rank: int, folder: Path) -> dict[str, Any]:
                 one.requires_grad_(True)
 
     return caught(frozen, model, adamw(frozen), rank, deed)
-
-
-if __name__ == "__main__":
-    import sys
-    import tempfile
-
-    where = Path(tempfile.mkdtemp())
-    publish(where)
-    if sys.argv[1:]:
-        SCENES = {name: SCENES[name] for name in sys.argv[1:]}
-    torch.multiprocessing.start_processes(play, (where,), RANKS, start_method="fork")
-    for r in range(RANKS):
-        for k, v in pickle.loads((where / f"seen.{r}").read_bytes()).items():
-            if isinstance(v, dict): v = {a: b for a, b in v.items() if a not in ("bits", "statistics")}
-            print(r, k, v)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -344,6 +346,16 @@ def test_saves_that_are_sharded_thinned_out_or_weights_alone(tmp_path):
     assert ckptsurg.verify(out, folder, expect_trained=True).ok
 
 
+def test_a_save_that_holds_no_weights_is_not_taken_for_proven(tmp_path, caplog):
+    out = publish("bert", tmp_path)
+    away = At("on_save", 5, lambda _: shutil.rmtree(tmp_path / "run" / "checkpoint-5"))
+    trainer = trainer_of("bert", out, away, FreezeCallback(out), **SAVES, max_steps=10)
+    with caplog.at_level(logging.WARNING, "ckptsurg"):
+        trainer.train()
+    [said] = [record.getMessage() for record in caplog.records if record.name == "ckptsurg"]
+    assert "checkpoint-5 holds no .safetensors, and is not proven" in said
+
+
 def test_the_best_model_is_no_false_alarm(tmp_path):
     out = publish("resnet", tmp_path)
     best = {"eval_strategy": "steps", "eval_steps": 5, "load_best_model_at_end": True, "save_total_limit": 1}
@@ -449,10 +461,13 @@ def test_a_model_that_is_made_anew_for_every_training(tmp_path):
 def test_training_goes_on_after_an_alarm_that_was_answered(tmp_path):
     out = publish("bert", tmp_path)
     callback = FreezeCallback(out)
-    trainer = trainer_of("bert", out, At("on_step_begin", 2, thaw), callback)
-    caught(trainer, "^before step 3:")
-    trainer.model.get_parameter(BODY).requires_grad_(False)
-    trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if not isinstance(c, At)]
+    trainer = trainer_of("bert", out, callback)
+    for step in (2, 5):  # nothing of the first training watches, or counts in, the second
+        saboteur = At("on_step_begin", step, thaw)
+        trainer.add_callback(saboteur)
+        caught(trainer, f"^before step {step + 1}:")
+        trainer.remove_callback(saboteur)
+        trainer.model.get_parameter(BODY).requires_grad_(False)
     trainer.train()
     assert trainer.state.global_step == STEPS and callback.frozen.verify().ok
     nudge(trainer.model)

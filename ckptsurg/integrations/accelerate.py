@@ -24,6 +24,8 @@ def guard(
 
     Beside what ``frozen.guard`` does, it proves all digests before ``save_state`` writes, and again before the first
     step after ``load_state``. A step that the gradient scaler skips (``optimizer_step_was_skipped``) is no step.
+    ``save_model`` asks nobody: verify what it wrote. With FSDP and DeepSpeed, ``save_state`` asks after it wrote the
+    weights.
 
     Args:
         accelerator: The accelerator.

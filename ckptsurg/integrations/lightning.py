@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,11 +88,11 @@ class FreezeCallback(Callback):
                 stacklevel=2,
             )
         self._release()
+        if self._saves is not None:
+            self._saves.remove()
         self._saves = _Proving(self, pl_module)
-        try:
+        with suppress(FreezeError):  # what is resumed from comes later; if nothing does, `on_train_start` says it again
             self._freeze(pl_module)
-        except FreezeError:
-            pass  # what is resumed from is loaded later; where nothing is, the start of the training says it again
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Freeze what was loaded: its frozen tensors have to be the manifest's, its trained ones need not.
@@ -195,20 +196,28 @@ class _Proving:
 
     def __init__(self, callback: FreezeCallback, pl_module: LightningModule) -> None:
         self._callback, self._module = callback, pl_module
-        self._replaced = pl_module.__dict__.get("on_save_checkpoint")
+        self._replaced: Any = pl_module.__dict__.get("on_save_checkpoint")
         pl_module.__dict__["on_save_checkpoint"] = self
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
         method = self._replaced or type(self._module).on_save_checkpoint.__get__(self._module)
         method(checkpoint)
-        if "callbacks" not in checkpoint:
-            self._callback.on_save_checkpoint(self._module.trainer, self._module, checkpoint)
+        trainer = self._module.trainer
+        callbacks: list[Callback] = getattr(trainer, "callbacks", [])
+        if "callbacks" not in checkpoint and any(one is self._callback for one in callbacks):
+            self._callback.on_save_checkpoint(trainer, self._module, checkpoint)
 
     def remove(self) -> None:
-        if self._module.__dict__.get("on_save_checkpoint") is self:
-            del self._module.__dict__["on_save_checkpoint"]
-            if self._replaced is not None:
-                self._module.__dict__["on_save_checkpoint"] = self._replaced
+        current = self._module.__dict__.get("on_save_checkpoint")
+        if current is not self:  # another callback came later and holds on to this one
+            while isinstance(current, _Proving) and current._replaced is not self:
+                current = current._replaced
+            if isinstance(current, _Proving):
+                current._replaced = self._replaced
+            return
+        del self._module.__dict__["on_save_checkpoint"]
+        if self._replaced is not None:
+            self._module.__dict__["on_save_checkpoint"] = self._replaced
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self._module, "on_save_checkpoint")

@@ -107,7 +107,7 @@ class FreezeCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Prove the checkpoint that was just written."""
         folder = Path(args.output_dir or "", f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-        if self.frozen is None or not state.is_world_process_zero or not folder.is_dir():
+        if self.frozen is None or not state.is_world_process_zero:
             return
         if not any(folder.glob("*.safetensors")):
             _log.warning("ckptsurg: %s holds no .safetensors, and is not proven", shown(folder))
@@ -117,8 +117,8 @@ class FreezeCallback(TrainerCallback):
         except UsageError as error:
             if not (folder / "adapter_config.json").is_file():
                 raise
-            _log.warning("ckptsurg: %s; the live model was proven", error.message)
-            report = self.frozen.verify()
+            _log.warning("ckptsurg: %s; the live model is proven at the end", error.message)
+            return
         report.raise_if_changed(f"{shown(folder)}: ")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:

@@ -68,7 +68,12 @@ _STRIP, _UNSHARED = 56, 7
 _COMPILED_ROWS = 1 << 18
 
 
-def fingerprints(tensors: Mapping[str, torch.Tensor], *, compiled: bool | None = None) -> dict[str, Fingerprint]:
+def fingerprints(
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    rows: Mapping[str, tuple[int, int]] | None = None,
+    compiled: bool | None = None,
+) -> dict[str, Fingerprint]:
     """The fingerprint of every tensor. The host waits once for each device, whatever the number of tensors.
 
     A DTensor has the fingerprint of the whole tensor, on every rank of its mesh. All ranks of a mesh call this with
@@ -78,6 +83,7 @@ def fingerprints(tensors: Mapping[str, torch.Tensor], *, compiled: bool | None =
 
     Args:
         tensors: Dense tensors with values, on any devices; see ``unreadable`` for those that are not.
+        rows: Of a tensor that is named here, the first row and the one after the last that count; others are zeros.
         compiled: Whether torch.compile makes the kernel for large tensors; None for on CUDA, if it can.
 
     Raises:
@@ -97,6 +103,8 @@ def fingerprints(tensors: Mapping[str, torch.Tensor], *, compiled: bool | None =
                     continue
                 local, offsets, sharded = _part(local, name)
                 meshes.setdefault((mesh, sharded), []).append(name)
+            if rows and name in rows:
+                local, offsets = _cut(local, offsets, rows[name])
             if local.device not in devices:
                 devices[local.device] = _Device(local.device, compiled)
             lanes[name] = devices[local.device].lanes(local, offsets, tuple(tensor.shape))
@@ -107,6 +115,12 @@ def fingerprints(tensors: Mapping[str, torch.Tensor], *, compiled: bool | None =
     if torn := [name for name, (_, _, *differ) in numbers.items() if any(differ)]:
         raise FrozenWeightsChanged(f"{enumerate_names(torn)}: {'its' if len(torn) == 1 else 'their'} replicas differ")
     return {name: (first % 2**64, second % 2**64) for name, (first, second, *_) in numbers.items()}
+
+
+def _cut(local: torch.Tensor, offsets: tuple[int, ...], rows: tuple[int, int]) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """What some rows of a tensor have of a part of it, and where in the whole that begins."""
+    first, last = (min(max(row - offsets[0], 0), len(local)) for row in rows)
+    return local[first:last], (offsets[0] + first, *offsets[1:])
 
 
 def _on_host(numbers: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:

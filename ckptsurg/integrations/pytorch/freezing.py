@@ -79,7 +79,7 @@ def freeze(
         if unknown:
             message = f"left as they are, the manifest lacks them: {enumerate_names(unknown)}"
             warnings.warn(message, UserWarning, stacklevel=3)
-        return FrozenModel(live, manifest, unknown)
+        return FrozenModel(live, manifest, unknown, allow_widened=allow_widened)
 
 
 def _extra_parameters(live: LiveModel) -> tuple[str, ...]:
@@ -90,8 +90,13 @@ def _extra_parameters(live: LiveModel) -> tuple[str, ...]:
     return tuple(
         name
         for name, tensor in now.items()
-        if name not in known and isinstance(tensor, nn.Parameter) and id(tensor) not in held
+        if name not in known and isinstance(tensor, nn.Parameter) and id(tensor) not in held and not _is_spare(name)
     )
+
+
+def _is_spare(name: str) -> bool:
+    """Whether it is what PEFT put aside for a copy that trains: nothing is computed with it."""
+    return ".original_module." in name
 
 
 @dataclass(slots=True)
@@ -113,19 +118,15 @@ class FrozenModel:
         kept_in_evaluation: Modules that stay in evaluation mode, for their frozen buffers.
     """
 
-    def __init__(self, live: LiveModel, manifest: Manifest, extra: tuple[str, ...]) -> None:
+    def __init__(
+        self, live: LiveModel, manifest: Manifest, extra: tuple[str, ...], *, allow_widened: bool = False
+    ) -> None:
         self.manifest, self.extra = manifest, extra
+        self._allow_widened = allow_widened
         self._live, self._home = live, live.model
         self._number = next(_NUMBERS)
-        frozen = {name: record for name, record in manifest.frozen.items() if name in live.partners}
-        whole = [one for name, r in frozen.items() if not r.trains for one in live.holding(name).live]
-        self._frozen = tuple(dict.fromkeys(whole))
-        rows = {
-            live.holding(name).live[0]: (record.rows.start, record.rows.stop)
-            for name, record in frozen.items()
-            if record.rows is not None
-        }
-        self._watched = (*self._frozen, *rows)
+        roles = live.roles(manifest)
+        self._frozen, self._spans = roles.frozen, roles.rows
         self._found: dict[str, _Found] = {}
         now = live.now()
         for name in self._frozen:
@@ -144,10 +145,8 @@ class FrozenModel:
                 self._held.append(StaysInEvaluation(module))
                 self._held[-1].hold()
         self.kept_in_evaluation = tuple(kept)
-        self._rows = HeldRows(live.model, rows) if rows else None
-        trainable = [one for name in live.partners if name not in frozen for one in live.holding(name).live]
-        self._witness = Witness(live, self._frozen, trainable)
-        self._spans = rows
+        self._rows = HeldRows(live.model, roles.rows) if roles.rows else None
+        self._witness = Witness(live, roles.frozen, roles.trainable)
         self.mark()
         _FREEZES.setdefault(self._home, weakref.WeakSet()).add(self)
 
@@ -179,6 +178,8 @@ class FrozenModel:
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters that train: what an optimizer is built from."""
+        if self._rows is not None:
+            self._rows.mask()
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def verify(
@@ -212,6 +213,8 @@ class FrozenModel:
                 allow_widened=True,
                 expect_trained=expect_trained,
                 witnessed=self._witness.by_saved_name(),
+                saved=False,
+                also_given=self._live.names,
             )
 
     def verify_saved(self, saved: str | os.PathLike[str] | Mapping[str, torch.Tensor], prefix: str = "") -> Report:
@@ -229,11 +232,11 @@ class FrozenModel:
         if isinstance(saved, Mapping):
             tensors = {name.removeprefix(prefix): one for name, one in saved.items() if name.startswith(prefix)}
             source = self._live.source_of(tensors, "the state dict")
-            return verify(self.manifest, source, allow_widened=True, witnessed=witnessed, saved=True)
+            return verify(self.manifest, source, allow_widened=True, witnessed=witnessed)
         from ...formats import open_trained
 
         with open_trained(Path(saved)) as opened:
-            return verify(self.manifest, opened, witnessed=witnessed, saved=True)
+            return verify(self.manifest, opened, allow_widened=self._allow_widened, witnessed=witnessed)
 
     def guard(self, optimizer: torch.optim.Optimizer, *, every: int | None = 1, expect_trained: bool = False) -> Guard:
         """Watch the steps of an optimizer. Use the guard in a ``with``, or call its ``remove()``.
@@ -282,9 +285,8 @@ class FrozenModel:
     def _fingerprints(self) -> dict[str, tuple[int, int]]:
         with self._live.whole():
             now = self._live.now()
-            spans = {name: self._spans.get(name) for name in self._watched if name in now}
-            tensors = {name: now[name] if span is None else now[name][slice(*span)] for name, span in spans.items()}
-            return fingerprints(tensors)
+            tensors = {name: now[name] for name in (*self._frozen, *self._spans) if name in now}
+            return fingerprints(tensors, rows=self._spans)
 
     def release(self) -> None:
         """Give the model back as it was found; its weights stay as they are.

@@ -16,7 +16,7 @@ from ...errors import FrozenWeightsChanged, UsageError
 from ...report import Report
 from ...wording import enumerate_names, shown
 from .rows import put_back
-from .witness import goes_backward
+from .steps import goes_backward, uncompiled, under_way
 
 __all__ = ["Guard"]
 
@@ -75,8 +75,8 @@ class Guard:
         self.seconds = 0.0
         self._doubted: str | None = None
         self._handles: list[Removable] = [
-            inner.register_step_pre_hook(lambda optimizer, *_: self.before_step(optimizer)),
-            inner.register_step_post_hook(lambda optimizer, args, options: self._after(optimizer, args, options)),
+            inner.register_step_pre_hook(uncompiled(self._before)),
+            inner.register_step_post_hook(uncompiled(self._after)),
         ]
 
     @contextmanager
@@ -86,6 +86,10 @@ class Guard:
             yield
         finally:
             self.seconds += time.perf_counter() - begun
+
+    def _before(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if under_way(optimizer) <= 1:  # a step may call the one that it inherits
+            self.before_step(optimizer)
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse a step that would move a frozen tensor, or that steps what the model no longer has.
@@ -115,15 +119,18 @@ class Guard:
         )
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Sequence[object], options: Mapping[str, object]) -> None:
+        put_back()  # this hook runs before those that put rows back
+        if under_way(optimizer) > 1:
+            return
         with self._timed():
             self.steps += 1
-            put_back()  # this hook runs before those that put rows back
             self._frozen.after_step()
+            # A closure goes backward inside of the step: what is wrong was not to be seen before.
+            about = self._frozen.before_step(optimizer) if goes_backward(args, options) else {}
             if self._every is not None and self.steps % self._every == 0 and self._frozen.moved():
                 self._frozen.verify().raise_if_changed(f"after step {self.steps:,}, ")
                 self._frozen.mark()  # the same values in a wider dtype have another fingerprint
-            if goes_backward(args, options):  # what was wrong was not to be seen before
-                self._refuse(self._frozen.before_step(optimizer), f"after step {self.steps:,}:")
+            self._refuse(about, f"after step {self.steps:,}:")
 
     def cost(self) -> str:
         """What watching costs, in words."""

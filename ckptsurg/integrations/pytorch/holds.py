@@ -11,7 +11,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-__all__ = ["StaysInEvaluation", "mover", "moves_in_training", "shrinks_rows", "unholdable"]
+from .tensors import as_dtensor, unreadable
+
+__all__ = ["StaysInEvaluation", "mover", "moves_in_training", "shrinks_rows", "silenced", "unholdable"]
 
 
 class StaysInEvaluation:
@@ -84,21 +86,31 @@ def unholdable(module: nn.Module, frozen: set[int]) -> str | None:
         module: The module.
         frozen: Identities of the frozen tensors.
     """
-    if shrinks_rows(module) and id(module.weight) in frozen:
-        weight: Any = module.weight
-        norms = torch.linalg.vector_norm(weight.detach().double(), module.norm_type, dim=-1)
-        if bool((norms > module.max_norm).any()):
-            return (
-                f"has rows longer than the max_norm of its embedding ({module.max_norm}), which a lookup would shrink"
-            )
+    if id(module._parameters.get("weight")) in frozen and shrinks_rows(module):
+        return f"has rows longer than the max_norm of its embedding ({module.max_norm}), which a lookup would shrink"
     if _observes(module) and any(id(buffer) in frozen for buffer in module.buffers()):
-        # A fake quantiser is an observer with a switch; a bare observer has none.
-        switch = getattr(module, "observer_enabled", None)
-        if switch is None or bool(switch.any()):
-            return "is written by a quantisation observer at every forward pass; turn it off first (disable_observer)"
+        return "is written by a quantisation observer at every forward pass; turn it off first (disable_observer)"
     return None
 
 
 def shrinks_rows(module: nn.Module) -> bool:
-    """Whether it is an embedding that renormalises the rows that it looks up."""
-    return isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
+    """Whether it is an embedding with max_norm, some row of which a lookup would change: torch is asked, on a copy."""
+    # Not through the attribute: a parametrised one would be computed, which moves what computes it.
+    weight = module._parameters.get("weight")
+    if weight is None or not isinstance(module, nn.Embedding | nn.EmbeddingBag) or module.max_norm is None:
+        return False
+    if unreadable(weight) or as_dtensor(weight) is not None:
+        return True
+    looked_up = weight.detach().clone()
+    every = torch.arange(len(looked_up), device=looked_up.device)
+    torch.embedding_renorm_(looked_up, every, module.max_norm, module.norm_type)
+    return bool(looked_up.view(torch.uint8).ne(weight.detach().view(torch.uint8)).any())
+
+
+def silenced(model: nn.Module) -> set[nn.Module]:
+    """Fake quantisers that are turned off, with the observers inside of them, which have no switch of their own."""
+    quiet: set[nn.Module] = set()
+    for module in model.modules():
+        if _observes(module) and isinstance(switch := getattr(module, "observer_enabled", None), torch.Tensor):
+            quiet.update(module.modules() if not switch.any() else ())
+    return quiet

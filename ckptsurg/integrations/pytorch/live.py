@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...errors import FreezeError
+from ...manifest import Manifest
 from ...renaming import Renaming, align, renamed, unwrapped
 from ...tensors import Buffer, TensorInfo
 from ...wording import shown
 from .parts import Part
 from .tensors import bytes_of, info_of, live_tensors, unreadable, whole_of
 
-__all__ = ["LiveModel", "LiveTensors", "source_of"]
+__all__ = ["LiveModel", "LiveTensors", "Roles", "source_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """What a manifest makes of a model's tensors, by live name.
+
+    Attributes:
+        frozen: What is frozen as a whole.
+        rows: What is frozen in a part, and trains in the rest: first row and the one after the last.
+        trainable: What is meant to train.
+    """
+
+    frozen: Sequence[str]
+    rows: Mapping[str, tuple[int, int]]
+    trainable: Sequence[str]
 
 
 class LiveModel:
@@ -46,12 +62,17 @@ class LiveModel:
         self._live = [name for part in self.parts for name in part.live]
         self._holders = {name: part for part in self.parts for name in part.saved}
 
+    @property
+    def names(self) -> Collection[str]:
+        """What the model calls all its tensors now."""
+        return live_tensors(self.model).keys()
+
     def now(self) -> dict[str, torch.Tensor]:
         """The model's tensors as they are now, by the names that ``parts`` have for them."""
         return self._found_in(live_tensors(self.model))
 
     def _found_in(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: tensors[own] for name, own in align(self._live, _as_used(tensors)).items()}
+        return {name: tensors[own] for name, own in align(self._live, _as_used(tensors, self.model)).items()}
 
     def holding(self, name: str) -> Part:
         """The part that holds a tensor of the checkpoint.
@@ -60,6 +81,19 @@ class LiveModel:
             KeyError: if none does.
         """
         return self._holders[self.partners[name]]
+
+    def roles(self, manifest: Manifest) -> Roles:
+        """What a manifest makes of the model's tensors."""
+        frozen: list[str] = []
+        rows: dict[str, tuple[int, int]] = {}
+        trainable: list[str] = []
+        for name in self.partners:
+            record, part = manifest.tensors[name], self.holding(name)
+            if record.rows is not None:
+                rows |= dict.fromkeys(part.live, (record.rows.start, record.rows.stop))
+            else:
+                (frozen if record.frozen else trainable).extend(part.live)
+        return Roles(tuple(dict.fromkeys(frozen)), rows, tuple(dict.fromkeys(trainable)))
 
     def source(self) -> LiveTensors:
         """The model as a TensorSource under its checkpoint's names, as it is now."""
@@ -112,18 +146,36 @@ def _settled(
     model: nn.Module, wanted: Collection[str], names: Renaming | None
 ) -> tuple[Sequence[Part], Mapping[str, str]]:
     live = live_tensors(model)
-    called = _as_used(live) if names is None else renamed(live, names)
+    used = _as_used(live, model)
+    called = used if names is None else renamed(live, names)
     partners = align(wanted, {new: new for new in called.values()})
     if names is None and len(partners) < len(wanted) and (parts := _converted(model, live, wanted)) is not None:
         saved = align(wanted, {name: name for part in parts for name in part.saved})
         if len(saved) > len(partners):
             return parts, saved
-    return [Part.one(name, new) for name, new in called.items()], partners
+    return [Part.one(used[name], new) for name, new in called.items()], partners
 
 
-def _as_used(live: Collection[str]) -> dict[str, str]:
-    """What each tensor is called after the one that the model computes with: PEFT trains copies of whole modules."""
-    return {name: re.sub(r"\.modules_to_save\.[^.]+\.", ".", name) for name in live}
+def _as_used(live: Collection[str], model: nn.Module) -> dict[str, str]:
+    """What each tensor is called after the one that the model computes with.
+
+    PEFT trains copies of whole modules, one for each adapter, of which one is active; and a model that it gives prompts
+    stands in its wrapper without another around it.
+    """
+    copies: dict[str, str] = {}
+    bare = ""
+    for path, module in model.named_modules():
+        start = f"{path}." if path else ""
+        if isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict):
+            copies |= {f"{start}modules_to_save.{one}.": start for one in getattr(module, "active_adapters", ())}
+        inner = getattr(module, "base_model", None) if hasattr(module, "peft_config") else None
+        if isinstance(inner, nn.Module) and not hasattr(inner, "peft_config"):
+            bare = f"{start}base_model."
+    used: dict[str, str] = {}
+    for name in live:
+        own = next((start + name[len(copy) :] for copy, start in copies.items() if name.startswith(copy)), name)
+        used[name] = own.removeprefix(bare)
+    return used
 
 
 def _converted(model: nn.Module, live: Mapping[str, torch.Tensor], wanted: Collection[str]) -> list[Part] | None:
@@ -132,10 +184,10 @@ def _converted(model: nn.Module, live: Mapping[str, torch.Tensor], wanted: Colle
     if transformers is None:
         return None
     for path, module in model.named_modules():
-        if isinstance(module, transformers.PreTrainedModel) and not unwrapped(path):
+        if isinstance(module, transformers.PreTrainedModel) and unwrapped(path) in ("", "base_model"):
             from ..transformers_names import parts_as_saved
 
-            bare = {unwrapped(used): live[name] for name, used in _as_used(live).items()}
+            bare = {unwrapped(used): live[name] for name, used in _as_used(live, model).items()}
             return parts_as_saved(module, bare, wanted)
     return None
 

@@ -11,7 +11,7 @@ from ...manifest import Manifest
 from ...renaming import common_prefix
 from ...verifying import verify
 from ...wording import enumerate_names, shown
-from .holds import unholdable
+from .holds import silenced, unholdable
 from .live import LiveModel
 from .tensors import unreadable
 from .witness import tied_to_trainable
@@ -54,7 +54,7 @@ def _mismatches(
             absent.add(name)
     source = live.source()
     source.tensors = {name: info for name, info in source.tensors.items() if name not in _own(live, absent)}
-    for difference in verify(manifest, source, witnessed={}).drifted:
+    for difference in verify(manifest, source, saved=False).drifted:
         if difference.name in absent or (difference.verdict == "dtype_only" and allow_widened):
             continue
         if difference.verdict == "changed":
@@ -77,20 +77,20 @@ def _parted(manifest: Manifest, live: LiveModel) -> Iterator[str]:
         others = [name for name in part.saved if name not in record or record[name].trains]
         if not frozen or part.as_is:
             continue
-        if others:
-            in_part = f"{enumerate_names(part.live, 2)} of the model"
+        where = f"{enumerate_names(part.live, 2)} of the model"
+        if others == frozen:
+            yield f'"{shown(frozen[0])}" is frozen in a part, and is itself a part of {where}'
+        elif others:
             yield (
-                f'"{shown(frozen[0])}" is frozen and "{shown(others[0])}" trains, and both are parts of {in_part}; '
+                f'"{shown(frozen[0])}" is frozen and "{shown(others[0])}" trains, and both are parts of {where}; '
                 "freeze both or neither"
             )
 
 
 def _entangled(manifest: Manifest, live: LiveModel, now: Mapping[str, torch.Tensor]) -> Iterator[str]:
     """Frozen tensors that share memory with one that trains."""
-    frozen = {one for name, record in manifest.frozen.items() if not record.trains for one in live.holding(name).live}
-    held_in_part = {one for name, r in manifest.frozen.items() if r.trains for one in live.holding(name).live}
-    trainable = {one for name in live.partners if name not in manifest.frozen for one in live.holding(name).live}
-    for one, other in tied_to_trainable(now, frozen, trainable | held_in_part):
+    roles = live.roles(manifest)
+    for one, other in tied_to_trainable(now, roles.frozen, {*roles.trainable, *roles.rows}):
         yield (
             f'"{shown(one)}" is frozen and shares its storage with "{shown(other)}", which trains: '
             "they are tied; freeze both or neither"
@@ -99,10 +99,11 @@ def _entangled(manifest: Manifest, live: LiveModel, now: Mapping[str, torch.Tens
 
 def _unholdable(manifest: Manifest, live: LiveModel, now: Mapping[str, torch.Tensor]) -> Iterator[str]:
     """Frozen tensors that the forward pass writes to, whatever the mode."""
-    holding = [one for name in manifest.frozen for one in live.holding(name).live]
-    frozen = {id(now[one]) for one in holding}
-    names = {id(now[one]): one for one in reversed(holding)}
+    roles = live.roles(manifest)
+    names = {id(now[name]): name for name in reversed((*roles.frozen, *roles.rows))}
+    frozen = set(names)
+    quiet = silenced(live.model)
     for module in live.model.modules():
-        if reason := unholdable(module, frozen):
+        if module not in quiet and (reason := unholdable(module, frozen)):
             tensors = (*module._parameters.values(), *module.buffers())
             yield f'"{shown(next(names[id(one)] for one in tensors if id(one) in names))}" {reason}'

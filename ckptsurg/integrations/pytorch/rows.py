@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from ...errors import FreezeError
 from ...renaming import align
+from ...wording import shown
+from .steps import uncompiled, under_way
 from .tensors import as_dtensor, live_tensors
 
 __all__ = ["HeldRows", "put_back"]
@@ -30,12 +34,9 @@ class HeldRows:
 
     def __init__(self, model: nn.Module, rows: Mapping[str, tuple[int, int]]) -> None:
         self._model, self._rows = weakref.ref(model), dict(rows)
-        self._aside: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._masks = [
-            tensor.register_post_accumulate_grad_hook(self._mask(self._rows[name]))  # type: ignore[no-untyped-call]
-            for name, tensor in self._parameters().items()
-            if tensor.requires_grad and tensor.is_leaf
-        ]
+        self._aside: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._masks: dict[str, tuple[weakref.ref[torch.Tensor], Any]] = {}
+        self.mask()
         _watch_optimizers()
         _HELD.setdefault(model, []).append(self)
 
@@ -44,34 +45,53 @@ class HeldRows:
         live = live_tensors(model) if model is not None else {}
         return {name: live[own] for name, own in align(self._rows, {name: name for name in live}).items()}
 
-    @staticmethod
-    def _mask(rows: tuple[int, int]) -> Any:
-        def clear(parameter: torch.Tensor) -> None:
-            """Frozen rows have no gradient, so that they count in no norm that gradients are clipped by."""
-            if parameter.grad is not None and parameter.grad.layout is torch.strided:
-                for part in _local(parameter.grad, rows):
-                    part.zero_()
+    def mask(self) -> None:
+        """Clear the gradients of the rows, so that they count in no norm that gradients are clipped by.
 
-        return clear
+        To be called again where sharding may have put other parameters in the place of those that were masked.
+
+        Raises:
+            FreezeError: if FullyShardedDataParallel has flattened one: its pieces have no rows.
+        """
+        for name, tensor in self._parameters().items():
+            if getattr(tensor, "_fsdp_flattened", False):
+                raise FreezeError(
+                    f'"{shown(name)}" is flattened by FullyShardedDataParallel: rows of it cannot be held',
+                    hint="shard the model with fully_shard, which keeps rows",
+                )
+            masked = self._masks.get(name)
+            if tensor.requires_grad and tensor.is_leaf and (masked is None or masked[0]() is not tensor):
+                clear = partial(_clear, self._rows[name])
+                hook = tensor.register_post_accumulate_grad_hook(clear)  # type: ignore[no-untyped-call]
+                self._masks[name] = weakref.ref(tensor), hook
 
     def set_aside(self, stepped: set[int]) -> None:
-        self.put_back()  # what a step left that did not come to its end
+        """A step begins. One inside of another finds set aside what the other stepped too."""
+        self.mask()
         for name, tensor in self._parameters().items():
-            if id(tensor) in stepped:
-                self._aside += [(part, part.clone()) for part in _local(tensor.detach(), self._rows[name])]
+            if id(tensor) in stepped and name not in self._aside:
+                self._aside[name] = [(part, part.clone()) for part in _local(tensor.detach(), self._rows[name])]
 
-    def put_back(self) -> None:
+    def put_back(self, *, forget: bool) -> None:
         with torch.no_grad():
-            for part, bits in self._aside:
+            for part, bits in (pair for pairs in self._aside.values() for pair in pairs):
                 part.copy_(bits)
-        self._aside = []
+        if forget:
+            self._aside = {}
 
     def release(self) -> None:
-        for mask in self._masks:
+        for _, mask in self._masks.values():
             mask.remove()
+        self._masks = {}
         model = self._model()
         if model is not None and self in _HELD.get(model, []):
             _HELD[model].remove(self)
+
+
+def _clear(rows: tuple[int, int], parameter: torch.Tensor) -> None:
+    if parameter.grad is not None and parameter.grad.layout is torch.strided:
+        for part in _local(parameter.grad, rows):
+            part.zero_()
 
 
 def _local(tensor: torch.Tensor, rows: tuple[int, int]) -> list[torch.Tensor]:
@@ -94,11 +114,13 @@ _HOOKS: list[Any] = []
 def _watch_optimizers() -> None:
     """Once for all models: which optimizer will train a model is not known when it is frozen."""
     if not _HOOKS:
-        _HOOKS.append(register_optimizer_step_pre_hook(_before))
-        _HOOKS.append(register_optimizer_step_post_hook(_after))
+        _HOOKS.append(register_optimizer_step_pre_hook(uncompiled(_before)))
+        _HOOKS.append(register_optimizer_step_post_hook(uncompiled(_after)))
 
 
 def _before(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    if under_way() <= 1:
+        put_back()  # what a step left that did not come to its end
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for held in [one for holds in _HELD.values() for one in holds]:
         held.set_aside(stepped)
@@ -109,6 +131,7 @@ def _after(*_: object) -> None:
 
 
 def put_back() -> None:
-    """Put all rows back that were set aside. Whoever looks between a step and its last hooks asks for it first."""
+    """Put all rows back that are set aside. Whoever looks between a step and its last hooks asks for it first."""
+    forget = under_way() <= 1
     for held in [one for holds in _HELD.values() for one in holds]:
-        held.put_back()
+        held.put_back(forget=forget)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -68,7 +69,7 @@ def bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
         return
     plain = whole_of(tensor).resolve_conj().resolve_neg()
     raw = plain.cpu().contiguous().reshape(-1).view(torch.uint8)
-    view = raw.numpy().data
+    view = np.from_dlpack(raw).data  # numpy() would forbid FullyShardedDataParallel to free the storage
     for start in range(0, len(view), CHUNK_BYTES):
         yield view[start : start + CHUNK_BYTES]
 

@@ -16,8 +16,9 @@ from ...renaming import Renaming
 from ...report import Report
 from ...verifying import verify
 from .live import LiveModel
+from .steps import goes_backward, uncompiled
 from .tensors import TorchTensors, whole_of
-from .witness import Witness, goes_backward
+from .witness import Witness
 
 __all__ = ["Watch"]
 
@@ -62,7 +63,7 @@ class Watch:
             raise UsageError("a watch is used once")
         manifest, live = self._manifest, LiveModel(self._model, self._manifest.tensors, self._names)
         with live.whole():
-            found = verify(manifest, live.source(), allow_widened=True, witnessed={})
+            found = verify(manifest, live.source(), allow_widened=True, saved=False)
             if not found.ok:
                 raise FreezeError(
                     f"the model ({type(self._model).__name__}) does not hold what the manifest freezes: "
@@ -73,26 +74,15 @@ class Watch:
             copies = {name: whole_of(source.tensor(live.partners[name])).clone() for name in manifest.frozen}
             # What is in a wider dtype than the manifest's is no baseline of it.
             self._before = None if found.drifted else TorchTensors(copies, "the model before")
-        frozen = {name: record for name, record in manifest.frozen.items() if not record.trains}
-        rows = {
-            live.holding(name).live[0]: (record.rows.start, record.rows.stop)
-            for name, record in manifest.frozen.items()
-            if record.rows is not None
-        }
-        self._live = live
-        self._witness = Witness(
-            live,
-            list(dict.fromkeys(one for name in frozen for one in live.holding(name).live)),
-            [one for name in live.partners if name not in manifest.frozen for one in live.holding(name).live],
-            rows,
-        )
+        self._live, roles = live, live.roles(manifest)
+        self._witness = Witness(live, roles.frozen, roles.trainable, roles.rows)
         self._handles = [
-            register_optimizer_step_pre_hook(lambda optimizer, *_: self._before_step(optimizer)),
-            register_optimizer_step_post_hook(self._after_step),
+            register_optimizer_step_pre_hook(uncompiled(self._before_step)),
+            register_optimizer_step_post_hook(uncompiled(self._after_step)),
         ]
         return self
 
-    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         self._witness.look(optimizer)
 
     def _after_step(
@@ -118,5 +108,7 @@ class Watch:
                 allow_widened=True,
                 expect_trained=self._expect_trained,
                 witnessed=self._witness.by_saved_name(),
+                saved=False,
+                also_given=self._live.names,
             )
         self.report.raise_if_changed()

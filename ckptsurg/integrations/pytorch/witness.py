@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -15,17 +15,7 @@ from .holds import mover, shrinks_rows
 from .live import LiveModel
 from .tensors import as_dtensor, unreadable
 
-__all__ = ["Witness", "goes_backward", "tied_to_trainable"]
-
-
-def goes_backward(args: Sequence[object], options: Mapping[str, object]) -> bool:
-    """Whether a step of an optimizer was given a closure, so that gradients come inside of it.
-
-    Args:
-        args: Positional arguments of the step, the optimizer first, as a hook gets them.
-        options: Its keyword arguments.
-    """
-    return any(given is not None for given in (*args[1:], *options.values()))
+__all__ = ["Witness", "tied_to_trainable"]
 
 
 class Witness:
@@ -56,6 +46,7 @@ class Witness:
         self._trained = {name for name in frozen if name in now and now[name].requires_grad}
         self._were = {name: weakref.ref(tensor) for name, tensor in now.items() if isinstance(tensor, nn.Parameter)}
         self._tied = {one for one, _ in tied_to_trainable(now, self._frozen, trainable)}
+        self._shrinking = {path for path, module in live.model.named_modules() if shrinks_rows(module)}
         self._training: set[str] = set()
         self._bracketed: dict[str, Fingerprint] = {}
         self.look_at_modes()
@@ -117,6 +108,10 @@ class Witness:
             return "never_frozen" if name in self._trained or name in self._rows else "reenabled"
         if not tensor.requires_grad:
             return "zero_grad_not_none"
+        rows = slice(*self._rows.get(name, (None,)))
+        averages = [one[rows] for one in optimizer.state.get(tensor, {}).values() if _has_shape(one, tensor.shape)]
+        if any(bool(one.any()) for one in averages):  # they move it, whether or not it decays besides
+            return "zero_grad_not_none"
         group = next(group for group in optimizer.param_groups if any(one is tensor for one in group["params"]))
         return "weight_decay" if group.get("weight_decay") else "zero_grad_not_none"
 
@@ -124,7 +119,7 @@ class Witness:
         """Parameters that the optimizer steps although the model has others in their place by now."""
         for name, reference in self._were.items():
             was = reference()
-            if was is None or id(was) not in stepped or name not in now:
+            if was is None or id(was) not in stepped or name not in now or id(now[name]) in stepped:
                 continue
             if not any(tensor is was for tensor in now.values()):
                 yield name
@@ -148,15 +143,18 @@ class Witness:
     def _by_owner(self) -> dict[str, str]:
         """What writes to a tensor outside optimizers, told by the module that has it."""
         found: dict[str, str] = {}
-        modules = dict(self._live.model.named_modules(remove_duplicate=False))
+        owners = {
+            id(tensor): (path, module)
+            for path, module in self._live.model.named_modules()
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+        }
         now = self._live.now()
         for name in (*self._frozen, *self._rows):
-            path = name.rpartition(".")[0]
-            module = modules.get(path)
-            if module is None or name not in now:
+            if name not in now or id(now[name]) not in owners:
                 continue
+            path, module = owners[id(now[name])]
             if isinstance(now[name], nn.Parameter):
-                if shrinks_rows(module):
+                if path in self._shrinking:
                     found[name] = "embedding_max_norm"
                 continue
             code = mover(module)
@@ -165,6 +163,10 @@ class Witness:
             elif moving_buffer(name, now.keys()) == "router_bias":
                 found[name] = "router_bias"
         return found
+
+
+def _has_shape(state: object, shape: torch.Size) -> bool:
+    return isinstance(state, torch.Tensor) and state.shape == shape
 
 
 def tied_to_trainable(

@@ -1,0 +1,194 @@
+"""In which way a tensor changed: what tells one cause from another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .numpy_types import element_type
+
+__all__ = ["FLOATS", "Traits", "differ", "values"]
+
+#: Dtypes with fractions that optimizers train in.
+FLOATS = frozenset(("F16", "BF16", "F32", "F64"))
+
+_NARROWER = {"F32": ("F16", "BF16"), "F64": ("F16", "BF16", "F32")}
+
+
+def differ(old: NDArray[np.generic], new: NDArray[np.generic]) -> NDArray[np.bool_]:
+    """Where two arrays of one dtype have other bits; same shape."""
+    raw = f"V{old.dtype.itemsize}" if old.dtype.itemsize not in (1, 2, 4, 8) else f"u{old.dtype.itemsize}"
+    return np.asarray(old.view(raw) != new.view(raw))
+
+
+def values(array: NDArray[np.generic]) -> NDArray[Any]:
+    """Numbers that can be subtracted; same shape."""
+    return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
+
+
+@dataclass(slots=True)
+class Traits:
+    """In which way a tensor changed, gathered over its chunks. Sizes are absolute values.
+
+    Attributes:
+        elements: Elements seen.
+        changed: Elements with other bits.
+        shrank: Those that are nearer to zero than they were.
+        rose: Those that are farther from it.
+        grew: Whether all values are larger than they were.
+        zeros_held: Whether what was zero is zero.
+        rated: Elements that are large enough for new/old to mean something.
+        ratios: Least and largest new/old of these.
+        sizes: Least and largest size of these.
+        mantissas: Of these, the largest mantissa of one that held, and the least of one that changed.
+        ulps: Largest change, in units in the last place of the old value.
+        relative: Largest change, in sizes of the old value.
+        largest: Largest change.
+        scale: Largest size, old or new.
+        products: Sums of old x new, old x old and new x new.
+        casts: Narrower dtypes such that every value is what a cast to them and back makes of the old one.
+        epsilon: Distance from 1 to the next number of the dtype; 0 for dtypes without fractions.
+        smallest: Its smallest normal number.
+    """
+
+    elements: int = 0
+    changed: int = 0
+    shrank: int = 0
+    rose: int = 0
+    grew: bool = True
+    zeros_held: bool = True
+    rated: int = 0
+    ratios: tuple[float, float] = (np.inf, -np.inf)
+    sizes: tuple[float, float] = (np.inf, 0)
+    mantissas: tuple[float, float] = (0, 2)
+    ulps: float = 0
+    relative: float = 0
+    largest: float = 0
+    scale: float = 0
+    products: tuple[float, float, float] = (0, 0, 0)
+    casts: tuple[str, ...] = ()
+    epsilon: float = 0
+    smallest: float = 0
+
+    @classmethod
+    def of(cls, dtype: str) -> Self:
+        """Traits of a tensor of this dtype, of which nothing was seen so far."""
+        if dtype not in FLOATS:
+            return cls()
+        from ml_dtypes import finfo
+
+        limits = finfo(element_type(dtype))  # type: ignore[no-untyped-call]
+        casts = _NARROWER.get(dtype, ())
+        return cls(casts=casts, epsilon=float(limits.eps), smallest=float(limits.smallest_normal))
+
+    @classmethod
+    def of_cast(cls, dtype: str) -> Self:
+        """Traits of a tensor that was cast to another dtype, and is the same but for that."""
+        return cls(changed=1, casts=(dtype,))
+
+    def see(self, old: NDArray[Any], new: NDArray[Any]) -> None:
+        """Take the next elements into account: real numbers, shape [elements] both."""
+        was, now = values(old), values(new)
+        self.elements += len(was)
+        self.grew = self.grew and bool(np.all(now > was))
+        if not self.epsilon:
+            return
+        changed = differ(old, new)
+        self.changed += int(changed.sum())
+        self.casts = tuple(narrow for narrow in self.casts if _is_cast(old, new, narrow))
+        self.zeros_held = self.zeros_held and not np.any(now[was == 0])
+        dots = (float(was @ now), float(was @ was), float(now @ now))
+        self.products = (self.products[0] + dots[0], self.products[1] + dots[1], self.products[2] + dots[2])
+        self._rate(was, now, changed)
+        if changed.any():
+            self._measure(was[changed], now[changed])
+
+    def _rate(self, was: NDArray[Any], now: NDArray[Any], changed: NDArray[np.bool_]) -> None:
+        # Away from the smallest numbers, whose rounding is coarse.
+        rated = ~(np.abs(was) <= self.smallest / self.epsilon)
+        if not rated.any():
+            return
+        ratio, sizes = np.nan_to_num(now[rated] / was[rated], nan=-np.inf), np.abs(was[rated])
+        mantissas, moved = np.frexp(sizes)[0], changed[rated]
+        self.rated += len(ratio)
+        self.ratios = (min(self.ratios[0], float(ratio.min())), max(self.ratios[1], float(ratio.max())))
+        self.sizes = (min(self.sizes[0], float(sizes.min())), max(self.sizes[1], float(sizes.max())))
+        held, least = self.mantissas
+        self.mantissas = (
+            max(held, float(mantissas[~moved].max(initial=0))),
+            min(least, float(mantissas[moved].min(initial=2))),
+        )
+
+    def _measure(self, was: NDArray[Any], now: NDArray[Any]) -> None:
+        """How far elements moved that did."""
+        distance = np.nan_to_num(np.abs(now - was), nan=np.inf)
+        outwards = np.abs(now) - np.abs(was)
+        self.shrank += int((outwards < 0).sum())
+        self.rose += int((outwards > 0).sum())
+        place = np.spacing(np.abs(was)) * (self.epsilon / np.finfo(np.float64).eps)
+        self.ulps = max(self.ulps, float((distance / place).max()))
+        self.relative = max(self.relative, float((distance / np.maximum(np.abs(was), self.smallest)).max()))
+        self.largest = max(self.largest, float(distance.max()))
+        self.scale = max(self.scale, float(np.abs(was).max()), float(np.abs(now).max()))
+
+    # --- Laws ---
+
+    @property
+    def cast_to(self) -> str | None:
+        """The dtype that the values went through; None if a cast does not explain them."""
+        return self.casts[0] if self.casts and self.changed else None
+
+    @property
+    def shrank_by_one_ratio(self) -> bool:
+        """Whether new/old is one number below one, but for rounding, in eight elements or more of many sizes.
+
+        Rounding at every step takes up to three times as much from one value as from another. A step of one size for
+        all, as Adam takes, takes far more from small values than from large ones; from equal ones it takes the same.
+        """
+        least, most = self.sizes
+        return self.rated >= 8 and most >= 4 * least and self._spread <= 3 and self.zeros_held
+
+    def shrank_like(self, other: Traits) -> bool:
+        """Whether all elements shrank by a ratio that elements of another tensor shrank by."""
+        (low, high), (least, most) = self.ratios, other.ratios
+        within = least - self.epsilon <= low and high <= most + self.epsilon
+        return bool(self.rated) and self._spread <= 3 and self.zeros_held and within
+
+    @property
+    def _spread(self) -> float:
+        low, high = self.ratios
+        return (1 - low) / (1 - high) if 0 < low <= high < 1 else np.inf
+
+    @property
+    def is_akin(self) -> bool:
+        """Whether the new tensor still points where the old one did: their cosine is one half or more."""
+        dot, old, new = self.products
+        return bool(dot >= 0.5 * np.sqrt(old * new))
+
+    @property
+    def is_rounding_of_sums(self) -> bool:
+        """Whether the change is what rounding leaves of adding something of the tensor's size and taking it away.
+
+        No value loses more than the last place of the largest then, and most lose nothing.
+        """
+        scattered = self.changed < 0.7 * self.elements
+        return bool(self.epsilon) and scattered and self.largest <= 2 * self.epsilon * self.scale
+
+    @property
+    def is_rounding_of_products(self) -> bool:
+        """Whether the change is what rounding leaves of the sum of two shares of each value.
+
+        It is small beside every value, and a share that rounds one way does so at every step, so all move away from
+        zero or all towards it. A decay by less than one unit in the last place does that too, to large mantissas alone.
+        """
+        one_way = self.ulps <= 4 or not (self.shrank and self.rose)
+        held, moved = self.mantissas
+        decayed = self.shrank and moved > held
+        return bool(self.epsilon) and self.relative <= 1e3 * self.epsilon and one_way and not decayed
+
+
+def _is_cast(old: NDArray[Any], new: NDArray[Any], narrow: str) -> bool:
+    return not differ(old.astype(element_type(narrow)).astype(old.dtype), new).any()
