@@ -97,7 +97,9 @@ def test_verify_says_what_drifted(folder):
     text = run(folder, "verify", "out/freeze.json", "moved.safetensors", "--baseline", "out", code=1).stdout
     assert text.startswith("FAILED") and "1 frozen tensor drifted, 27 verified" in text
     assert "bn.running_mean  changed  batchnorm_stats  8 elements, by up to 1, first at [0]" in text
-    assert "batchnorm_stats: running statistics are buffers" in text and "ckptsurg.freeze, which keeps the layer" in text
+    assert (
+        "batchnorm_stats: running statistics are buffers" in text and "ckptsurg.freeze, which keeps the layer" in text
+    )
     other = run(folder, "verify", "out/freeze.json", "base.safetensors", code=0).stdout
     assert "2 not in the manifest" not in other
 

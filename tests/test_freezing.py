@@ -216,7 +216,10 @@ def test_a_norm_that_was_replaced_is_noticed(model, manifest):
     twin = nn.BatchNorm2d(4)
     twin.load_state_dict(model.bn.state_dict())
     model.bn = twin.requires_grad_(False)
-    with pytest.raises(ckptsurg.FrozenWeightsChanged, match=r"bn\.running_mean.*batchnorm_stats"), frozen.guard(optimizer):
+    with (
+        pytest.raises(ckptsurg.FrozenWeightsChanged, match=r"bn\.running_mean.*batchnorm_stats"),
+        frozen.guard(optimizer),
+    ):
         optimizer.step()
 
 
@@ -424,7 +427,10 @@ def test_guard_catches_a_gradient_that_is_not_none(model, manifest):
 def test_guard_catches_statistics_that_move(model, manifest):
     frozen = ckptsurg.freeze(model, manifest)
     optimizer = torch.optim.SGD(frozen.trainable_parameters(), lr=0.1)
-    with frozen.guard(optimizer), pytest.raises(ckptsurg.FrozenWeightsChanged, match=r"bn\.running_mean.*batchnorm_stats"):
+    with (
+        frozen.guard(optimizer),
+        pytest.raises(ckptsurg.FrozenWeightsChanged, match=r"bn\.running_mean.*batchnorm_stats"),
+    ):
         for module in model.modules():
             module.training = True
         optimizer.step()

@@ -6,23 +6,23 @@ import os
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
+from typing_extensions import Unpack
 
 from ..errors import FreezeError, UsageError
-from ..manifest import Manifest, load_manifest
-from ..renaming import Renaming
+from ..manifest import Manifest
 from ..wording import enumerate_names, shown
-from .pytorch import FrozenModel, Guard, freeze
+from .pytorch import Guard
+from .pytorch.callbacks import Freezes, Options
 
 __all__ = ["FreezeCallback"]
 
 
-class FreezeCallback(Callback):
+class FreezeCallback(Freezes, Callback):
     """Freezes a LightningModule, or a module in it, before its optimizers are built; watches every step and save.
 
     ``Trainer(callbacks=[FreezeCallback("out", module="model")])``
@@ -30,19 +30,12 @@ class FreezeCallback(Callback):
     What it finds raises FrozenWeightsChanged out of ``trainer.fit()``.
 
     Attributes:
+        manifest: The manifest.
         frozen: The frozen model; None before the fit.
     """
 
     def __init__(
-        self,
-        manifest: Manifest | str | os.PathLike[str],
-        *,
-        module: str = "",
-        every: int | None = 1,
-        expect_trained: bool = False,
-        names: Renaming | None = None,
-        extra: Literal["keep", "error"] = "keep",
-        allow_widened: bool = False,
+        self, manifest: Manifest | str | os.PathLike[str], *, module: str = "", **options: Unpack[Options]
     ) -> None:
         """Prepare the callback.
 
@@ -50,20 +43,15 @@ class FreezeCallback(Callback):
             manifest: The manifest; its path, or that of the output that it stands by.
             module: Attribute of the LightningModule that holds the manifest's model, such as ``model``; empty for the
                 LightningModule itself.
-            every: Compare fingerprints after every so many steps; None compares none.
-            expect_trained: Whether the end of the fit also proves that each trainable tensor moved.
-            names: As ``ckptsurg.freeze`` takes it.
-            extra: Likewise.
-            allow_widened: Likewise.
+            options: ``every``, ``expect_trained``, ``names``, ``extra`` and ``allow_widened``, as for the Trainer of
+                Hugging Face.
 
         Raises:
             ManifestError: if the manifest is not valid.
-            UsageError: if there is none.
+            UsageError: if there is none, or ``every`` is no number of steps.
         """
-        self.manifest = manifest if isinstance(manifest, Manifest) else load_manifest(Path(manifest))
-        self.frozen: FrozenModel | None = None
-        self._module, self._every, self._expect_trained = module, every, expect_trained
-        self._names, self._extra, self._allow_widened = names, extra, allow_widened
+        super().__init__(manifest, **options)
+        self._module = module
         self._guards: dict[int, Guard] = {}
         self._saves: _Proving | None = None
 
@@ -92,7 +80,7 @@ class FreezeCallback(Callback):
             self._saves.remove()
         self._saves = _Proving(self, pl_module)
         with suppress(FreezeError):  # what is resumed from comes later; if nothing does, `on_train_start` says it again
-            self._freeze(pl_module)
+            self._freeze_module(pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Freeze what was loaded: its frozen tensors have to be the manifest's, its trained ones need not.
@@ -101,9 +89,9 @@ class FreezeCallback(Callback):
             FreezeError: if they are not.
         """
         if trainer.state.fn == "fit":
-            self._freeze(pl_module)
+            self._freeze_module(pl_module)
 
-    def _freeze(self, pl_module: LightningModule) -> None:
+    def _freeze_module(self, pl_module: LightningModule) -> None:
         try:
             model = pl_module.get_submodule(self._module)
         except AttributeError:
@@ -113,7 +101,7 @@ class FreezeCallback(Callback):
                 "what is to be frozen has to be built in __init__",
             ) from None
         self._release()
-        self.frozen = freeze(model, self.manifest, self._names, self._extra, allow_widened=self._allow_widened)
+        self.frozen = self._freeze(model)
 
     def _release(self) -> None:
         if self.frozen is not None:
@@ -128,7 +116,7 @@ class FreezeCallback(Callback):
             FrozenWeightsChanged: if it did when it was frozen.
         """
         if self.frozen is None:
-            self._freeze(pl_module)
+            self._freeze_module(pl_module)
         assert self.frozen is not None
         self.frozen.verify().raise_if_changed("at the beginning, ")
         self.frozen.mark()

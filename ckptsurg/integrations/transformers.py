@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import logging
-import os
-import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import UsageError
-from ..manifest import Manifest, load_manifest
-from ..renaming import Renaming
 from ..wording import shown
-from .pytorch import FrozenModel, Guard, freeze
+from .pytorch import FrozenModel, Guard
+from .pytorch.callbacks import Freezes
 
 __all__ = ["FreezeCallback"]
 
 _log = logging.getLogger("ckptsurg")
 
 
-class FreezeCallback(TrainerCallback):
+class FreezeCallback(Freezes, TrainerCallback):
     """Freezes the model of a Trainer before its optimizer is built, watches every step, and proves every save.
 
     ``Trainer(model, args, ..., callbacks=[FreezeCallback("out")])``
@@ -32,43 +29,14 @@ class FreezeCallback(TrainerCallback):
     move; after a step, if one did; at a save, if the file that was just written has not its bits; at the end.
 
     Attributes:
+        manifest: The manifest.
         frozen: The frozen model; None before the Trainer is made.
     """
 
-    def __init__(
-        self,
-        manifest: Manifest | str | os.PathLike[str],
-        *,
-        every: int | None = 1,
-        expect_trained: bool = False,
-        names: Renaming | None = None,
-        extra: Literal["keep", "error"] = "keep",
-        allow_widened: bool = False,
-    ) -> None:
-        """Prepare the callback.
-
-        Args:
-            manifest: The manifest; its path, or that of the output that it stands by.
-            every: Compare fingerprints after every so many steps; None compares none.
-            expect_trained: Whether the end of the training also proves that each trainable tensor moved.
-            names: As ``ckptsurg.freeze`` takes it.
-            extra: Likewise.
-            allow_widened: Likewise.
-
-        Raises:
-            ManifestError: if the manifest is not valid.
-            UsageError: if there is none, or ``every`` is no number of steps.
-        """
-        if every is not None and (type(every) is not int or every < 1):
-            raise UsageError(f"every: expected a whole number from 1, found {shown(every, 40)}")
-        self.manifest = manifest if isinstance(manifest, Manifest) else load_manifest(Path(manifest))
-        self.frozen: FrozenModel | None = None
-        self._every, self._expect_trained, self._allow_widened = every, expect_trained, allow_widened
-        self._names, self._extra = names, extra
-        self._guard: Guard | None = None
+    _guard: Guard | None = None
 
     def _freeze(self, model: torch.nn.Module) -> FrozenModel:
-        self.frozen = freeze(model, self.manifest, self._names, self._extra, allow_widened=self._allow_widened)
+        self.frozen = super()._freeze(model)
         _log.info("ckptsurg: %r", self.frozen)
         return self.frozen
 
@@ -96,13 +64,8 @@ class FreezeCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Compare fingerprints: what the optimizer moved, or a callback before this one, is caught at this step."""
-        if self.frozen is None or self._guard is None or self._every is None or state.global_step % self._every:
-            return
-        begun = time.perf_counter()
-        if self.frozen.moved():
-            self.frozen.verify().raise_if_changed(f"after step {state.global_step:,}, ")
-            self.frozen.mark()  # the same values in a wider dtype have another fingerprint
-        self._guard.seconds += time.perf_counter() - begun
+        if self._guard is not None and self._every is not None and state.global_step % self._every == 0:
+            self._guard.compare(f"after step {state.global_step:,}, ")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Prove the checkpoint that was just written."""
@@ -126,4 +89,4 @@ class FreezeCallback(TrainerCallback):
         if self._guard is not None:
             self._guard.remove()
             self._guard.prove()
-            _log.info("ckptsurg: frozen weights proven; watching took %.1f ms", self._guard.seconds * 1e3)
+            _log.info("ckptsurg: frozen weights proven; watching took %s", self._guard.cost())

@@ -19,7 +19,7 @@ from ...errors import FreezeError, UsageError
 from ...manifest import Manifest
 from ...renaming import Renaming
 from ...report import Report
-from ...tensors import TensorSource
+from ...tensors import TensorSource, digest_of
 from ...verifying import verify
 from ...wording import counted, enumerate_names, shown
 from .fingerprint import fingerprints
@@ -28,6 +28,7 @@ from .holds import StaysInEvaluation, moves_in_training
 from .live import LiveModel
 from .refusals import refusals
 from .rows import HeldRows
+from .tensors import as_dtensor, bytes_of
 from .witness import Witness
 
 __all__ = ["FrozenModel", "freeze"]
@@ -92,6 +93,10 @@ def _extra_parameters(live: LiveModel) -> tuple[str, ...]:
         for name, tensor in now.items()
         if name not in known and isinstance(tensor, nn.Parameter) and id(tensor) not in held and not _is_spare(name)
     )
+
+
+def _is_near(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and as_dtensor(tensor) is None
 
 
 def _is_spare(name: str) -> bool:
@@ -243,8 +248,8 @@ class FrozenModel:
 
         Args:
             optimizer: The optimizer that trains the model.
-            every: Compare fingerprints after every so many steps; None compares none. All digests are proven at the
-                end of the ``with`` in any case.
+            every: Read the frozen tensors after every so many steps, and compare fingerprints; None does not. All
+                digests are proven at the end of the ``with`` in any case.
             expect_trained: Whether the end also proves that each trainable tensor moved.
         """
         return Guard(self, optimizer, every, expect_trained=expect_trained)
@@ -271,22 +276,34 @@ class FrozenModel:
         self._witness.after()
 
     def mark(self) -> None:
-        """Take the fingerprints that ``moved`` compares with."""
-        self._marks = self._fingerprints()
+        """Take the marks that ``moved`` compares with."""
+        with self._live.whole():
+            tensors = self._watched()
+            self._fingerprints = fingerprints(tensors, rows=self._spans)
+            self._digests = {name: self._digest(name, one) for name, one in tensors.items() if _is_near(one)}
 
     def moved(self) -> list[str]:
-        """Frozen tensors, by the model's names, whose fingerprint is another than at the freeze.
+        """Frozen tensors, by the model's names, that are not what they were at the freeze.
 
-        Each is read once, where it lives. Where the model is sharded, every process has to ask.
+        Each is read once, where it lives. What one processor has whole is compared by digests, which are the faster
+        there; all else by fingerprints. Where the model is sharded, every process has to ask.
         """
-        now = self._fingerprints()
-        return [name for name, mark in self._marks.items() if now.get(name) != mark]
-
-    def _fingerprints(self) -> dict[str, tuple[int, int]]:
         with self._live.whole():
-            now = self._live.now()
-            tensors = {name: now[name] for name in (*self._frozen, *self._spans) if name in now}
-            return fingerprints(tensors, rows=self._spans)
+            tensors = self._watched()
+            near = {name for name, one in tensors.items() if _is_near(one) and name in self._digests}
+            far = fingerprints({name: one for name, one in tensors.items() if name not in near}, rows=self._spans)
+            return [
+                name
+                for name, mark in self._fingerprints.items()
+                if (self._digest(name, tensors[name]) != self._digests[name] if name in near else far.get(name) != mark)
+            ]
+
+    def _watched(self) -> dict[str, torch.Tensor]:
+        now = self._live.now()
+        return {name: now[name] for name in (*self._frozen, *self._spans) if name in now}
+
+    def _digest(self, name: str, tensor: torch.Tensor) -> str:
+        return digest_of(bytes_of(tensor[slice(*self._spans[name])] if name in self._spans else tensor))
 
     def release(self) -> None:
         """Give the model back as it was found; its weights stay as they are.

@@ -37,10 +37,10 @@ class Watched(Protocol):
         """The step is over."""
 
     def moved(self) -> list[str]:
-        """Frozen tensors whose fingerprint is another than when they were frozen."""
+        """Frozen tensors that are not what they were when they were frozen."""
 
     def mark(self) -> None:
-        """Take the fingerprints anew."""
+        """Take anew what ``moved`` compares with."""
 
     def verify(self, *, expect_trained: bool = False) -> Report: ...
 
@@ -49,8 +49,8 @@ class Guard:
     """Watches an optimizer, in three tiers.
 
     Before each step it looks at membership, flags and gradients, without reading a tensor. After every ``every``-th
-    step it compares fingerprints, which reads every frozen tensor once, where it lives. At the end of the ``with`` it
-    proves all digests.
+    step it reads every frozen tensor once, where it lives, and compares fingerprints. At the end of the ``with`` it
+    proves all digests of the manifest.
 
     Attributes:
         steps: Steps seen.
@@ -127,10 +127,26 @@ class Guard:
             self._frozen.after_step()
             # A closure goes backward inside of the step: what is wrong was not to be seen before.
             about = self._frozen.before_step(optimizer) if goes_backward(args, options) else {}
-            if self._every is not None and self.steps % self._every == 0 and self._frozen.moved():
-                self._frozen.verify().raise_if_changed(f"after step {self.steps:,}, ")
-                self._frozen.mark()  # the same values in a wider dtype have another fingerprint
+            if self._every is not None and self.steps % self._every == 0:
+                self._compare(f"after step {self.steps:,}, ")
             self._refuse(about, f"after step {self.steps:,}:")
+
+    def compare(self, when: str) -> None:
+        """Read every frozen tensor once, where it lives, and compare fingerprints.
+
+        Args:
+            when: Said before the message: ``after step 7, ``.
+
+        Raises:
+            FrozenWeightsChanged: naming tensors, and causes where they are settled.
+        """
+        with self._timed():
+            self._compare(when)
+
+    def _compare(self, when: str) -> None:
+        if self._frozen.moved():
+            self._frozen.verify().raise_if_changed(when)
+            self._frozen.mark()  # the same values in a wider dtype have another fingerprint
 
     def cost(self) -> str:
         """What watching costs, in words."""
