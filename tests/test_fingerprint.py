@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import shutil
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ckptsurg import FrozenWeightsChanged
 from ckptsurg.errors import FreezeError
-from ckptsurg.integrations.pytorch import fingerprint
+from ckptsurg.integrations.pytorch import fingerprint, lanes
 from ckptsurg.integrations.pytorch.fingerprint import Fingerprint, fingerprints
 from ckptsurg.integrations.pytorch.tensors import TorchTensors
 
@@ -79,12 +78,10 @@ def random_bits(dtype: torch.dtype, *shape: int, seed: int = 0) -> torch.Tensor:
 def test_the_reference_draws_what_splitmix64_draws():
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423]  # of seed 1234567
     assert list(itertools.islice(splitmix64(1234567), 3)) == published
-    assert fingerprint._keys((1234567, 0), 0, 3, CPU)[0].tolist() == [
-        fingerprint._signed(number | 1) for number in published
-    ]
+    assert lanes._keys((1234567, 0), 0, 3, CPU)[0].tolist() == [lanes._signed(number | 1) for number in published]
     assert torch.equal(
-        fingerprint._keys((1, 2), fingerprint._KEPT - 5, fingerprint._KEPT + 5, CPU)[:, 5:],
-        fingerprint._keys((1, 2), fingerprint._KEPT, fingerprint._KEPT + 5, CPU),
+        lanes._keys((1, 2), lanes._KEPT - 5, lanes._KEPT + 5, CPU)[:, 5:],
+        lanes._keys((1, 2), lanes._KEPT, lanes._KEPT + 5, CPU),
     )
 
 
@@ -125,13 +122,13 @@ def test_the_layout_in_memory_does_not_matter(dtype, layout):
 
 def test_modes_of_the_caller_do_not_matter():
     tensor = random_bits(torch.float32, 100, 5000)[:, 1:]
-    fingerprint._kept_keys.cache_clear()
+    lanes._kept_keys.cache_clear()
     with torch.inference_mode():
         inferred = {"t": tensor, "made here": torch.ones(3)}
         found = fingerprints(inferred)
     assert found == fingerprints(inferred)
-    assert not fingerprint._kept_keys(CPU)[0].is_inference()
-    fingerprint._kept_keys.cache_clear()
+    assert not lanes._kept_keys(CPU)[0].is_inference()
+    lanes._kept_keys.cache_clear()
     with torch.device("meta"), torch.autocast("cpu"):
         assert one(tensor) == found["t"]
 
@@ -215,21 +212,25 @@ def test_the_parts_of_any_cut_add_up(dtype, data):
     cuts = [
         [0, *sorted(data.draw(st.sets(st.integers(0, size), max_size=2 if size > 3 else 1))), size] for size in shape
     ]
-    device = fingerprint._Device(CPU, compiled=False)
+    device = lanes.Lanes(CPU, compiled=False)
     device._block = data.draw(st.sampled_from([1, 2, 1024]))
     total = torch.zeros(2, dtype=torch.int64)
     for box in itertools.product(*(itertools.pairwise(points) for points in cuts)):
         part = tensor[tuple(slice(*span) for span in box)]
-        total += device.lanes(part, [start for start, _ in box], shape)
+        piece = lanes.Piece(part, [start for start, _ in box], shape)
+        alone, (together,) = device._of_one(piece), device.of([piece])
+        assert alone.tolist() == together.tolist()
+        total += together
     assert tuple(lane % 2**64 for lane in total.tolist()) == reference(raw_of(tensor))
 
 
 def test_far_positions_have_keys_of_their_own():
     # 2^28 words and more before the part, as in a shard of an embedding: row keys beyond those that are kept.
-    device = fingerprint._Device(CPU, compiled=False)
+    device = lanes.Lanes(CPU, compiled=False)
     part = random_bits(torch.float32, 3, B)
-    far = fingerprint._KEPT - 1
-    found = device.lanes(part, (far, 0), (far + 3, B)).tolist()
+    far = lanes._KEPT - 1
+    found = device.of([lanes.Piece(part, (far, 0), (far + 3, B))])[0].tolist()
+    assert device._of_one(lanes.Piece(part, (far, 0), (far + 3, B))).tolist() == found
     expected = [
         sum(
             int(value) * int(column) * (int(row) | 1)
@@ -249,7 +250,7 @@ def test_far_positions_have_keys_of_their_own():
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_and_other_devices_add_up_the_same_rows(monkeypatch, threads):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    device = fingerprint._Device(CPU, compiled=False)
+    device = lanes.Lanes(CPU, compiled=False)
     device._block = 50
     for rows in (1, 55, 57, 170, 333):
         words = random_bits(torch.int32, rows, B)
@@ -258,7 +259,6 @@ def test_threads_and_other_devices_add_up_the_same_rows(monkeypatch, threads):
         assert np.array_equal(device._in_blocks(words).numpy(), expected)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_compiled_is_eager_bit_for_bit(monkeypatch):
     sizes = {"small": 5000, "a block": 128 * B, "larger": 333 * B + 77}
     tensors = {
@@ -266,10 +266,10 @@ def test_compiled_is_eager_bit_for_bit(monkeypatch):
         for name, size in sizes.items()
         for dtype in (torch.float32, torch.bfloat16, torch.int8)
     }
-    monkeypatch.setattr(fingerprint, "_BLOCK", 128)
+    monkeypatch.setattr(lanes, "_BLOCK", 128)
     eager = fingerprints(tensors, compiled=False)
     assert fingerprints(tensors, compiled=True) == eager
-    monkeypatch.setattr(fingerprint, "_COMPILED_ROWS", 150)
+    monkeypatch.setattr(lanes, "_COMPILED_ROWS", 150)
     assert fingerprints(tensors, compiled=True) == eager
 
 
@@ -278,13 +278,14 @@ def test_where_nothing_compiles_it_is_eager_unless_asked_for(monkeypatch):
         raise RuntimeError("no compiler")
 
     tensor = random_bits(torch.float32, 200, B)
-    monkeypatch.setattr(fingerprint, "_compiled", lambda: broken)
-    monkeypatch.setattr(fingerprint, "_BLOCK", 128)
+    monkeypatch.setattr(lanes, "_compiled", lambda: broken)
+    monkeypatch.setattr(lanes, "_BLOCK", 128)
     with pytest.raises(RuntimeError, match="no compiler"):
         one(tensor, compiled=True)
-    device = fingerprint._Device(CPU, None)
+    device = lanes.Lanes(CPU, None)
     device._compiled = True  # as it is on CUDA
-    assert [lane % 2**64 for lane in device.lanes(tensor, (0, 0), (200, B)).tolist()] == list(one(tensor))
+    [found] = device.of([lanes.Piece(tensor, (0, 0), (200, B))])
+    assert [lane % 2**64 for lane in found.tolist()] == list(one(tensor))
 
 
 class _Reads(TorchFunctionMode):
@@ -307,7 +308,7 @@ def test_the_host_reads_once(monkeypatch):
         fingerprints(tensors)
     assert reads.names == ["tolist"]
     # A tensor of the meta device has no values: reading one, in any way, raises.
-    monkeypatch.setattr(fingerprint, "_on_host", lambda lanes: {name: [0, 0] for name in lanes})
+    monkeypatch.setattr(fingerprint, "_on_host", lambda vectors: {name: [0, 0] for name in vectors})
     fingerprints({name: tensor.to("meta") for name, tensor in tensors.items()})
 
 
