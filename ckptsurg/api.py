@@ -30,6 +30,7 @@ from .coercing import (
 from .config import CONFIG_NAME, edited_config
 from .describing import describe
 from .errors import DocumentError, Problem, SpecError, UsageError, system_failures
+from .formats.adapter import AdapterOverBase
 from .formats.folder import companions
 from .inspection import Inspection, inspect_checkpoint
 from .manifest import Manifest, is_file_output, load_manifest
@@ -184,6 +185,8 @@ def make_manifest(
         SystemFailure: if the checkpoint cannot be read.
     """
     with tensors_of(ckpt_or_model) as source:
+        if isinstance(source, AdapterOverBase):
+            raise UsageError(f"{source.label}: an adapter alone", hint="make the manifest of its base")
         spec = as_spec_or_patterns(spec_or_patterns, source)
         acting = [key for key in ("drop", "reinit", "add", "config") if getattr(spec, key)]
         if acting:
@@ -235,7 +238,8 @@ def verify(
     wanted = document.tensors.keys() if names is None else ()
     with tensors_of(ckpt_or_model, wanted) as trained, ExitStack() as stack:
         before = stack.enter_context(tensors_of(baseline, wanted)) if baseline is not None else None
-        widened = not isinstance(trained, Checkpoint) if allow_widened is None else allow_widened
+        is_file = isinstance(trained, Checkpoint | AdapterOverBase)
+        widened = not is_file if allow_widened is None else allow_widened
         return verifying.verify(
             document,
             trained,
@@ -246,6 +250,7 @@ def verify(
             allow_widened=widened,
             expect_trained=expect_trained,
             saved=not is_model(ckpt_or_model),
+            note=trained.note if isinstance(trained, AdapterOverBase) else None,
             progress=progress,
         )
 

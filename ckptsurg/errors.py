@@ -119,7 +119,7 @@ class SystemFailure(CkptsurgError):
 
 
 class FrozenWeightsChanged(CkptsurgError):
-    """A frozen tensor does not have its bits any more, or the next step would move it.
+    """A frozen tensor has not its bits any more, or a step would move it, or step what the model no longer has.
 
     Attributes:
         causes: The cause code of each tensor, where one is settled.

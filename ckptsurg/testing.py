@@ -38,7 +38,7 @@ def assert_bit_identical(a: TensorsLike, b: TensorsLike) -> None:
     with _ending_here():
         report = api.diff(a, b)
     if not report.ok:
-        raise AssertionError(f"{counted(len(report.tensors))} not bit-identical:\n{table(report.tensors)}")
+        raise AssertionError(f"{counted(len(report.tensors))} not bit-identical:\n{_table(report.tensors)}")
 
 
 class frozen_weights:  # noqa: N801 - it reads as a function, and is used as one
@@ -112,14 +112,14 @@ def _told(report: Report | None) -> str:
         return report.summary()
     causes = sorted({difference.cause for difference in report.drifted if difference.cause})
     head = f"{counted(len(report.drifted), 'frozen tensor')} changed:"
-    lines = [head, table(report.drifted), *map(explained, causes)]
+    lines = [head, _table(report.drifted), *map(explained, causes)]
     if report.untrained:
         names = enumerate_names(report.untrained)
         lines.append(f"{counted(len(report.untrained), 'trainable tensor')} did not move: {names}")
     return "\n".join(lines)
 
 
-def table(differences: Sequence[Difference]) -> str:
+def _table(differences: Sequence[Difference]) -> str:
     """Tensor, verdict, elements, largest difference and cause, a tensor a line."""
     from io import StringIO
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NoReturn
 
-from .causes import Evidence, with_causes
 from .comparing import compare, is_wider, narrowed_digest, same_bits, was_cast
 from .errors import CheckpointError, UsageError
 from .manifest import Manifest, TensorRecord
 from .metering import Meter, Progress
 from .renaming import Renaming, align, common_prefix, renamed, unwrapped
 from .report import Difference, DiffReport, Report
+from .settling import Evidence, with_causes
 from .tensors import Buffer, TensorInfo, TensorSource, algorithm_of, digest_of
 from .traits import FLOATS, Traits
 from .wording import shown
@@ -42,6 +42,7 @@ def verify(
     witnessed: Mapping[str, str] | None = None,
     saved: bool = True,
     also_given: Collection[str] = (),
+    note: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Prove that every frozen tensor has the bits that the manifest records.
@@ -56,8 +57,9 @@ def verify(
         allow_widened: Whether a tensor in a wider dtype with the same values is accepted.
         expect_trained: Whether trainable tensors that did not move, or are missing, count.
         witnessed: Causes that were seen while the model trained, by name; None where nobody watched.
-        also_given: Further names of the other side, that stand for none of the manifest's.
         saved: Whether ``trained`` was saved, so that what it lacks was left out; a live model is not.
+        also_given: Further names of the other side, that stand for none of the manifest's.
+        note: What the report says besides.
         progress: Told how many bytes are read.
 
     Raises:
@@ -117,7 +119,7 @@ def verify(
         extra=extra,
         missing_trainable=lacking,
         untrained=untrained,
-        note=getattr(trained, "note", None),
+        note=note,
     )
 
 

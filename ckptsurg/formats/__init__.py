@@ -11,7 +11,7 @@ from .adapter import ADAPTER_NAME, AdapterOverBase, base_of_adapter
 from .folder import open_folder, open_index
 from .safetensors import open_single
 
-__all__ = ["open_checkpoint", "open_trained"]
+__all__ = ["AdapterOverBase", "open_checkpoint", "open_trained"]
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

@@ -6,23 +6,24 @@ import os
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
-from typing_extensions import Unpack
 
 from ..errors import FreezeError, UsageError
 from ..manifest import Manifest
+from ..renaming import Renaming
 from ..wording import enumerate_names, shown
 from .pytorch import Guard
-from .pytorch.callbacks import Freezes, Options
+from .pytorch.callbacks import ManifestCallback
+from .pytorch.stand_in import StandIn
 
 __all__ = ["FreezeCallback"]
 
 
-class FreezeCallback(Freezes, Callback):
+class FreezeCallback(ManifestCallback, Callback):
     """Freezes a LightningModule, or a module in it, before its optimizers are built; watches every step and save.
 
     ``Trainer(callbacks=[FreezeCallback("out", module="model")])``
@@ -35,7 +36,15 @@ class FreezeCallback(Freezes, Callback):
     """
 
     def __init__(
-        self, manifest: Manifest | str | os.PathLike[str], *, module: str = "", **options: Unpack[Options]
+        self,
+        manifest: Manifest | str | os.PathLike[str],
+        *,
+        module: str = "",
+        every: int | None = 1,
+        expect_trained: bool = False,
+        names: Renaming | None = None,
+        extra: Literal["keep", "error"] = "keep",
+        allow_widened: bool = False,
     ) -> None:
         """Prepare the callback.
 
@@ -43,14 +52,24 @@ class FreezeCallback(Freezes, Callback):
             manifest: The manifest; its path, or that of the output that it stands by.
             module: Attribute of the LightningModule that holds the manifest's model, such as ``model``; empty for the
                 LightningModule itself.
-            options: ``every``, ``expect_trained``, ``names``, ``extra`` and ``allow_widened``, as for the Trainer of
-                Hugging Face.
+            every: Read the frozen tensors after every so many steps; None does not.
+            expect_trained: Whether the end of the fit also proves that each trainable tensor moved.
+            names: As ``ckptsurg.freeze`` takes it.
+            extra: Likewise.
+            allow_widened: Likewise.
 
         Raises:
             ManifestError: if the manifest is not valid.
             UsageError: if there is none, or ``every`` is no number of steps.
         """
-        super().__init__(manifest, **options)
+        super().__init__(
+            manifest,
+            every=every,
+            expect_trained=expect_trained,
+            names=names,
+            extra=extra,
+            allow_widened=allow_widened,
+        )
         self._module = module
         self._guards: dict[int, Guard] = {}
         self._saves: _Proving | None = None
@@ -71,14 +90,15 @@ class FreezeCallback(Freezes, Callback):
         callbacks: list[Callback] = getattr(trainer, "callbacks", [])
         if any(isinstance(one, BaseFinetuning) for one in callbacks):
             warnings.warn(
-                "BaseFinetuning is here too: what it thaws although the manifest freezes it is caught before it moves",
+                "BaseFinetuning is here too: where it thaws what the manifest freezes, the next step is refused; "
+                "leave frozen modules out of it",
                 UserWarning,
                 stacklevel=2,
             )
         self._release()
         if self._saves is not None:
-            self._saves.remove()
-        self._saves = _Proving(self, pl_module)
+            self._saves.withdraw()
+        self._saves = _Proving(pl_module, self)
         with suppress(FreezeError):  # what is resumed from comes later; if nothing does, `on_train_start` says it again
             self._freeze_module(pl_module)
 
@@ -101,7 +121,7 @@ class FreezeCallback(Freezes, Callback):
                 "what is to be frozen has to be built in __init__",
             ) from None
         self._release()
-        self.frozen = self._freeze(model)
+        self._freeze(model)
 
     def _release(self) -> None:
         if self.frozen is not None:
@@ -119,7 +139,6 @@ class FreezeCallback(Freezes, Callback):
             self._freeze_module(pl_module)
         assert self.frozen is not None
         self.frozen.verify().raise_if_changed("at the beginning, ")
-        self.frozen.mark()
         self._guards = {id(one): self.frozen.guard(one, every=self._every) for one in trainer.optimizers}
 
     def on_before_optimizer_step(
@@ -153,7 +172,7 @@ class FreezeCallback(Freezes, Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the LightningModule as it was found; the model stays frozen."""
         if stage == "fit" and self._saves is not None:
-            self._saves.remove()
+            self._saves.withdraw()
             self._saves = None
 
     def _remove(self) -> None:
@@ -167,45 +186,27 @@ class FreezeCallback(Freezes, Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Say so if the checkpoint comes from a run under another manifest, as that of an earlier phase does."""
-        if state_dict.get("frozen_root") != self.manifest.frozen_root:
+        if state_dict.get("frozen_root") not in (None, self.manifest.frozen_root):
             warnings.warn(
-                f"the checkpoint comes from a run under another manifest ({state_dict.get('frozen_root')}); "
+                f"the checkpoint comes from a run under another manifest ({state_dict['frozen_root']}); "
                 f"this one freezes {self.manifest.frozen_root}",
                 UserWarning,
                 stacklevel=2,
             )
 
 
-class _Proving:
-    """Takes the place of a LightningModule's ``on_save_checkpoint``: of saved weights alone no callback is told.
+class _Proving(StandIn):
+    """Stands in for a LightningModule's ``on_save_checkpoint``: of saved weights alone no callback is told."""
 
-    A copy of the module, by pickle or deepcopy, gets its class's own method.
-    """
+    method = "on_save_checkpoint"
 
-    def __init__(self, callback: FreezeCallback, pl_module: LightningModule) -> None:
-        self._callback, self._module = callback, pl_module
-        self._replaced: Any = pl_module.__dict__.get("on_save_checkpoint")
-        pl_module.__dict__["on_save_checkpoint"] = self
+    def __init__(self, module: LightningModule, callback: FreezeCallback) -> None:
+        super().__init__(module)
+        self._callback = callback
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
-        method = self._replaced or type(self._module).on_save_checkpoint.__get__(self._module)
-        method(checkpoint)
-        trainer = self._module.trainer
-        callbacks: list[Callback] = getattr(trainer, "callbacks", [])
+        self.original(checkpoint)
+        module: Any = self.module
+        callbacks: list[Callback] = getattr(module.trainer, "callbacks", [])
         if "callbacks" not in checkpoint and any(one is self._callback for one in callbacks):
-            self._callback.on_save_checkpoint(trainer, self._module, checkpoint)
-
-    def remove(self) -> None:
-        current = self._module.__dict__.get("on_save_checkpoint")
-        if current is not self:  # another callback came later and holds on to this one
-            while isinstance(current, _Proving) and current._replaced is not self:
-                current = current._replaced
-            if isinstance(current, _Proving):
-                current._replaced = self._replaced
-            return
-        del self._module.__dict__["on_save_checkpoint"]
-        if self._replaced is not None:
-            self._module.__dict__["on_save_checkpoint"] = self._replaced
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self._module, "on_save_checkpoint")
+            self._callback.on_save_checkpoint(module.trainer, module, checkpoint)

@@ -6,21 +6,20 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import UsageError
 from ..wording import shown
-from .pytorch import FrozenModel, Guard
-from .pytorch.callbacks import Freezes
+from .pytorch import Guard
+from .pytorch.callbacks import ManifestCallback
 
 __all__ = ["FreezeCallback"]
 
 _log = logging.getLogger("ckptsurg")
 
 
-class FreezeCallback(Freezes, TrainerCallback):
+class FreezeCallback(ManifestCallback, TrainerCallback):
     """Freezes the model of a Trainer before its optimizer is built, watches every step, and proves every save.
 
     ``Trainer(model, args, ..., callbacks=[FreezeCallback("out")])``
@@ -35,14 +34,9 @@ class FreezeCallback(Freezes, TrainerCallback):
 
     _guard: Guard | None = None
 
-    def _freeze(self, model: torch.nn.Module) -> FrozenModel:
-        self.frozen = super()._freeze(model)
-        _log.info("ckptsurg: %r", self.frozen)
-        return self.frozen
-
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Freeze: the optimizer is not there yet."""
-        self._freeze(given["model"])
+        _log.info("%r", self._freeze(given["model"]))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
@@ -59,8 +53,8 @@ class FreezeCallback(Freezes, TrainerCallback):
             when = f"resuming at step {state.global_step:,}, " if state.global_step else "at the beginning, "
             frozen.verify().raise_if_changed(when)
         # Fingerprints are compared when the step is over, so that other callbacks are caught too.
-        self._guard = frozen.guard(given["optimizer"], every=None, expect_trained=self._expect_trained)
-        self._guard.steps = state.global_step
+        self._guard = frozen.guard(given["optimizer"], every=None)
+        self._guard.count_from(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Compare fingerprints: what the optimizer moved, or a callback before this one, is caught at this step."""
@@ -73,14 +67,15 @@ class FreezeCallback(Freezes, TrainerCallback):
         if self.frozen is None or not state.is_world_process_zero:
             return
         if not any(folder.glob("*.safetensors")):
-            _log.warning("ckptsurg: %s holds no .safetensors, and is not proven", shown(folder))
+            reason = "holds no .safetensors" if folder.is_dir() else "is not there: the Trainer saved elsewhere"
+            _log.warning("%s %s; it is not proven", shown(folder), reason)
             return
         try:
             report = self.frozen.verify_saved(folder)
         except UsageError as error:
             if not (folder / "adapter_config.json").is_file():
                 raise
-            _log.warning("ckptsurg: %s; the live model is proven at the end", error.message)
+            _log.warning("%s; the live model is proven at the end", error.message)
             return
         report.raise_if_changed(f"{shown(folder)}: ")
 
@@ -88,5 +83,6 @@ class FreezeCallback(Freezes, TrainerCallback):
         """Prove all digests."""
         if self._guard is not None:
             self._guard.remove()
-            self._guard.prove()
-            _log.info("ckptsurg: frozen weights proven; watching took %s", self._guard.cost())
+            assert self.frozen is not None
+            self.frozen.verify(expect_trained=self._expect_trained).raise_if_changed()
+            _log.info("frozen weights proven; watching took %s", self._guard.cost())

@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal
 
 from torch import nn
 
-from ...errors import UsageError
 from ...manifest import Manifest, load_manifest
 from ...renaming import Renaming
-from ...wording import shown
 from .freezing import FrozenModel, freeze
+from .guard import checked_every
 
-__all__ = ["Freezes", "Options"]
-
-
-class Options(TypedDict, total=False):
-    """What every such callback takes beside its manifest."""
-
-    every: int | None
-    expect_trained: bool
-    names: Renaming | None
-    extra: Literal["keep", "error"]
-    allow_widened: bool
+__all__ = ["ManifestCallback"]
 
 
-class Freezes:
+class ManifestCallback:
     """Holds a manifest, and freezes the model that a trainer comes with.
 
     Attributes:
@@ -60,12 +49,11 @@ class Freezes:
             UsageError: if there is none, or ``every`` is no number of steps.
         """
         super().__init__()
-        if every is not None and (type(every) is not int or every < 1):
-            raise UsageError(f"every: expected a whole number from 1, found {shown(every, 40)}")
         self.manifest = manifest if isinstance(manifest, Manifest) else load_manifest(Path(manifest))
         self.frozen: FrozenModel | None = None
-        self._every, self._expect_trained = every, expect_trained
+        self._every, self._expect_trained = checked_every(every), expect_trained
         self._names, self._extra, self._allow_widened = names, extra, allow_widened
 
     def _freeze(self, model: nn.Module) -> FrozenModel:
-        return freeze(model, self.manifest, self._names, self._extra, allow_widened=self._allow_widened)
+        self.frozen = freeze(model, self.manifest, self._names, self._extra, allow_widened=self._allow_widened)
+        return self.frozen

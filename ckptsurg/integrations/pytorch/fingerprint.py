@@ -23,17 +23,17 @@ can make two tensors of one fingerprint. It is to be compared within one run; no
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from math import prod
-from typing import TYPE_CHECKING, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from ...errors import FreezeError, FrozenWeightsChanged
 from ...wording import enumerate_names, shown
 from .lanes import Lanes, Piece
+from .tensors import as_dtensor
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -74,11 +74,11 @@ def fingerprints(
     with torch.inference_mode(False), torch.no_grad():
         for name, tensor in tensors.items():
             local, offsets = tensor.detach(), (0,) * tensor.dim()
-            if _is_distributed(local):
-                mesh = local.device_mesh
+            if (distributed := as_dtensor(local)) is not None:
+                mesh = distributed.device_mesh
                 if mesh.get_coordinate() is None:
                     continue
-                local, offsets, sharded = _part(local, name)
+                local, offsets, sharded = _part(distributed, name)
                 meshes.setdefault((mesh, sharded), []).append(name)
             if rows and name in rows:
                 local, offsets = _cut(local, offsets, rows[name])
@@ -113,12 +113,6 @@ def _on_host(numbers: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
 
 
 # --- Meshes -----------------------------------------------------------------------------------------
-
-
-def _is_distributed(tensor: torch.Tensor) -> TypeGuard[DTensor]:
-    """Whether a tensor is a DTensor; none can be while their module is not imported, which takes a second."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _part(tensor: DTensor, name: str) -> tuple[torch.Tensor, tuple[int, ...], tuple[bool, ...]]:

@@ -19,16 +19,15 @@ from ...errors import FreezeError, UsageError
 from ...manifest import Manifest
 from ...renaming import Renaming
 from ...report import Report
-from ...tensors import TensorSource, digest_of
+from ...tensors import TensorSource
 from ...verifying import verify
 from ...wording import counted, enumerate_names, shown
-from .fingerprint import fingerprints
 from .guard import Guard
 from .holds import StaysInEvaluation, moves_in_training
 from .live import LiveModel
+from .marks import Marks
 from .refusals import refusals
 from .rows import HeldRows
-from .tensors import as_dtensor, bytes_of
 from .witness import Witness
 
 __all__ = ["FrozenModel", "freeze"]
@@ -45,8 +44,8 @@ def freeze(
     """Make a model obey a manifest. Call it before the optimizer is built, and before DDP or FSDP wrap the model.
 
     Frozen parameters get ``requires_grad = False`` and lose their gradient; of one that is frozen in a part, every
-    optimizer of torch leaves the frozen rows as they are. Layers whose frozen buffers the forward pass would write to
-    stay in evaluation mode through every later ``model.train()``. Training is only ever turned off, never on.
+    ``torch.optim.Optimizer`` leaves the frozen rows as they are. Layers that would write to frozen buffers in the forward
+    pass stay in evaluation mode through every later ``model.train()``. Training is only ever turned off, never on.
 
     Args:
         model: A model that holds the manifest's weights.
@@ -59,6 +58,7 @@ def freeze(
     Raises:
         FreezeError: with the model unchanged, if a frozen tensor is absent, has another dtype, shape or other bits,
             cannot be read, is one with a tensor that trains, or would be written to whatever is done.
+        FrozenWeightsChanged: if the model is sharded, and replicas of a frozen tensor differ.
         ManifestError: if nothing is frozen.
         UsageError: if names do not fit.
     """
@@ -67,20 +67,18 @@ def freeze(
     manifest.require_frozen()
     live = LiveModel(model, manifest.tensors, names)
     with live.whole():
-        problems = refusals(manifest, live, allow_widened=allow_widened)
+        problems, hint = refusals(manifest, live, allow_widened=allow_widened)
         unknown = _extra_parameters(live)
         if extra == "error" and unknown:
             problems.append(f"parameters that the manifest lacks: {enumerate_names(unknown)}")
         if problems:
             listed = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
-            raise FreezeError(
-                "\n  ".join([f"the model ({type(model).__name__}) cannot be frozen:", *listed]),
-                hint="load the published weights first; where the model has other names than the file, give `names`",
-            )
+            lines = [f"the model ({type(model).__name__}) cannot be frozen:", *listed]
+            raise FreezeError("\n  ".join(lines), hint=hint)
         if unknown:
             message = f"left as they are, the manifest lacks them: {enumerate_names(unknown)}"
             warnings.warn(message, UserWarning, stacklevel=3)
-        return FrozenModel(live, manifest, unknown, allow_widened=allow_widened)
+        return FrozenModel(live, manifest, unknown, names=names, allow_widened=allow_widened)
 
 
 def _extra_parameters(live: LiveModel) -> tuple[str, ...]:
@@ -93,10 +91,6 @@ def _extra_parameters(live: LiveModel) -> tuple[str, ...]:
         for name, tensor in now.items()
         if name not in known and isinstance(tensor, nn.Parameter) and id(tensor) not in held and not _is_spare(name)
     )
-
-
-def _is_near(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and as_dtensor(tensor) is None
 
 
 def _is_spare(name: str) -> bool:
@@ -124,42 +118,46 @@ class FrozenModel:
     """
 
     def __init__(
-        self, live: LiveModel, manifest: Manifest, extra: tuple[str, ...], *, allow_widened: bool = False
+        self,
+        live: LiveModel,
+        manifest: Manifest,
+        extra: tuple[str, ...],
+        *,
+        names: Renaming | None = None,
+        allow_widened: bool = False,
     ) -> None:
         self.manifest, self.extra = manifest, extra
-        self._allow_widened = allow_widened
+        self._names, self._allow_widened = names, allow_widened
         self._live, self._home = live, live.model
         self._number = next(_NUMBERS)
-        roles = live.roles(manifest)
-        self._frozen, self._spans = roles.frozen, roles.rows
+        roles, now = live.roles(manifest), live.now()
+        # What may fail comes before what changes the model.
+        self._marks = Marks(live, roles)
+        self._rows = HeldRows(live.model, roles.rows) if roles.rows else None
         self._found: dict[str, _Found] = {}
-        now = live.now()
-        for name in self._frozen:
+        for name in roles.frozen:
             tensor = now[name]
             if tensor.is_leaf:
                 self._found[name] = _Found(weakref.ref(tensor), tensor.requires_grad, tensor.grad)
         for name in self._found:
             now[name].requires_grad_(False)
             now[name].grad = None
-        held = {id(now[name]) for name in self._frozen}
-        self._held: list[StaysInEvaluation] = []
-        kept = []
-        for path, module in live.model.named_modules():
-            if moves_in_training(module) and any(id(buffer) in held for buffer in module._buffers.values()):
-                kept.append(path)
-                self._held.append(StaysInEvaluation(module))
-                self._held[-1].hold()
+        frozen = {id(now[name]) for name in roles.frozen}
+        kept = {
+            path: StaysInEvaluation(module)
+            for path, module in live.model.named_modules()
+            if moves_in_training(module) and any(id(buffer) in frozen for buffer in module._buffers.values())
+        }
         self.kept_in_evaluation = tuple(kept)
-        self._rows = HeldRows(live.model, roles.rows) if roles.rows else None
-        self._witness = Witness(live, roles.frozen, roles.trainable)
-        self.mark()
+        self._stand_ins = list(kept.values())
+        self._witness = Witness(live, roles)
         _FREEZES.setdefault(self._home, weakref.WeakSet()).add(self)
 
     def __repr__(self) -> str:
         counts = self.manifest.counts
         parts = [f"{counts['frozen']} frozen", f"{counts['trainable']} trainable"]
-        if self._held:
-            parts.append(f"{counted(len(self._held), 'layer')} kept in evaluation mode")
+        if self._stand_ins:
+            parts.append(f"{counted(len(self._stand_ins), 'layer')} kept in evaluation mode")
         return f"FrozenModel({type(self.model).__name__}: {', '.join(parts)})"
 
     @property
@@ -179,7 +177,7 @@ class FrozenModel:
     def frozen_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What the model has now of the tensors that are frozen as a whole, by its own names; looked up every time."""
         now = self._live.now()
-        return ((name, now[name]) for name in self._frozen if name in now)
+        return ((name, now[name]) for name in self._live.roles(self.manifest).frozen if name in now)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters that train: what an optimizer is built from."""
@@ -226,8 +224,9 @@ class FrozenModel:
         """Prove that what was saved of the model, or is about to be, has the frozen bits.
 
         Args:
-            saved: A checkpoint's path, under the manifest's names; or a state dict of the model, under the model's.
-            prefix: Before every name of the state dict.
+            saved: A checkpoint's path, under the manifest's names or the model's; or a state dict of the model. A state
+                dict may be in a wider dtype, a file if the freeze allowed it.
+            prefix: Before every name.
 
         Raises:
             UsageError: if there is no checkpoint at the path.
@@ -238,10 +237,19 @@ class FrozenModel:
             tensors = {name.removeprefix(prefix): one for name, one in saved.items() if name.startswith(prefix)}
             source = self._live.source_of(tensors, "the state dict")
             return verify(self.manifest, source, allow_widened=True, witnessed=witnessed)
-        from ...formats import open_trained
+        from ...formats import AdapterOverBase, open_trained
 
         with open_trained(Path(saved)) as opened:
-            return verify(self.manifest, opened, allow_widened=self._allow_widened, witnessed=witnessed)
+            has_all = all(name in opened.tensors for name in self.manifest.frozen)
+            return verify(
+                self.manifest,
+                opened,
+                names=None if has_all else self._names,
+                prefix=prefix,
+                allow_widened=self._allow_widened,
+                witnessed=witnessed,
+                note=opened.note if isinstance(opened, AdapterOverBase) else None,
+            )
 
     def guard(self, optimizer: torch.optim.Optimizer, *, every: int | None = 1, expect_trained: bool = False) -> Guard:
         """Watch the steps of an optimizer. Use the guard in a ``with``, or call its ``remove()``.
@@ -252,58 +260,21 @@ class FrozenModel:
                 digests are proven at the end of the ``with`` in any case.
             expect_trained: Whether the end also proves that each trainable tensor moved.
         """
-        return Guard(self, optimizer, every, expect_trained=expect_trained)
-
-    def moving_buffers(self) -> dict[str, str]:
-        """Frozen buffers that the forward pass writes to, since their layer is in training mode: causes by name."""
-        frozen = {id(tensor): name for name, tensor in self.frozen_tensors()}
-        return {
-            frozen[id(buffer)]: cause
-            for module in self.model.modules()
-            if module.training and (cause := moves_in_training(module))
-            for buffer in module._buffers.values()
-            if id(buffer) in frozen
-        }
-
-    # --- What a guard asks ---
-
-    def before_step(self, optimizer: torch.optim.Optimizer) -> Mapping[str, str]:
-        """What is wrong before a step of the optimizer: cause codes by the model's names."""
-        return self._witness.look(optimizer) | self.moving_buffers()
-
-    def after_step(self) -> None:
-        """The step is over."""
-        self._witness.after()
-
-    def mark(self) -> None:
-        """Take the marks that ``moved`` compares with."""
-        with self._live.whole():
-            tensors = self._watched()
-            self._fingerprints = fingerprints(tensors, rows=self._spans)
-            self._digests = {name: self._digest(name, one) for name, one in tensors.items() if _is_near(one)}
+        return Guard(
+            optimizer,
+            self._witness,
+            self._marks,
+            lambda: self.verify(),
+            every=every,
+            at_the_end=lambda: self.verify(expect_trained=expect_trained),
+        )
 
     def moved(self) -> list[str]:
-        """Frozen tensors, by the model's names, that are not what they were at the freeze.
+        """Frozen tensors, by the model's names, that are not what they were: what a guard asks after a step.
 
-        Each is read once, where it lives. What one processor has whole is compared by digests, which are the faster
-        there; all else by fingerprints. Where the model is sharded, every process has to ask.
+        Each is read once, where it lives. Where the model is sharded, every process has to ask.
         """
-        with self._live.whole():
-            tensors = self._watched()
-            near = {name for name, one in tensors.items() if _is_near(one) and name in self._digests}
-            far = fingerprints({name: one for name, one in tensors.items() if name not in near}, rows=self._spans)
-            return [
-                name
-                for name, mark in self._fingerprints.items()
-                if (self._digest(name, tensors[name]) != self._digests[name] if name in near else far.get(name) != mark)
-            ]
-
-    def _watched(self) -> dict[str, torch.Tensor]:
-        now = self._live.now()
-        return {name: now[name] for name in (*self._frozen, *self._spans) if name in now}
-
-    def _digest(self, name: str, tensor: torch.Tensor) -> str:
-        return digest_of(bytes_of(tensor[slice(*self._spans[name])] if name in self._spans else tensor))
+        return self._marks.moved()
 
     def release(self) -> None:
         """Give the model back as it was found; its weights stay as they are.
@@ -312,8 +283,8 @@ class FrozenModel:
         """
         _FREEZES[self._home].discard(self)
         now = self._live.now()
-        for hold in reversed(self._held):
-            hold.release()
+        for stand_in in reversed(self._stand_ins):
+            stand_in.release()
         if self._rows is not None:
             self._rows.release()
         for name, found in self._found.items():
@@ -328,9 +299,10 @@ class FrozenModel:
             tensor.requires_grad_(found.requires_grad)
             if tensor is found.tensor() and tensor.grad is None:
                 tensor.grad = found.grad
-        self._held, self._found, self._rows = [], {}, None
+        self._stand_ins, self._found, self._rows = [], {}, None
 
 
 _NUMBERS = itertools.count()
-#: The freezes of each model that were not released.
+#: The freezes of each model that were not released. They overlap, and may be released in any order: what another one
+#: still holds stays frozen, and whoever goes last gives back what the first one found.
 _FREEZES: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[FrozenModel]] = weakref.WeakKeyDictionary()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol, Self
@@ -14,11 +14,24 @@ import torch
 from ...causes import CAUSES
 from ...errors import FrozenWeightsChanged, UsageError
 from ...report import Report
-from ...wording import enumerate_names, shown
+from ...wording import counted, enumerate_names, shown
+from .marks import Marks
 from .rows import put_back
 from .steps import goes_backward, uncompiled, under_way
+from .witness import Witness
 
-__all__ = ["Guard"]
+__all__ = ["Guard", "checked_every"]
+
+
+def checked_every(every: int | None) -> int | None:
+    """The number of steps between readings.
+
+    Raises:
+        UsageError: if it is neither None nor a whole number from 1.
+    """
+    if every is not None and (type(every) is not int or every < 1):
+        raise UsageError(f"every: expected a whole number from 1, found {shown(every, 40)}")
+    return every
 
 
 class Removable(Protocol):
@@ -27,30 +40,13 @@ class Removable(Protocol):
     def remove(self) -> None: ...
 
 
-class Watched(Protocol):
-    """What a guard asks of a frozen model."""
-
-    def before_step(self, optimizer: torch.optim.Optimizer) -> Mapping[str, str]:
-        """What is wrong before a step: cause codes by name."""
-
-    def after_step(self) -> None:
-        """The step is over."""
-
-    def moved(self) -> list[str]:
-        """Frozen tensors that are not what they were when they were frozen."""
-
-    def mark(self) -> None:
-        """Take anew what ``moved`` compares with."""
-
-    def verify(self, *, expect_trained: bool = False) -> Report: ...
-
-
 class Guard:
     """Watches an optimizer, in three tiers.
 
-    Before each step it looks at membership, flags and gradients, without reading a tensor. After every ``every``-th
-    step it reads every frozen tensor once, where it lives, and compares fingerprints. At the end of the ``with`` it
-    proves all digests of the manifest.
+    Before each step it looks at membership, flags and gradients; it reads no tensor, but for frozen ones that an
+    optimizer of somebody else's steps although they have no gradient. After every ``every``-th step it reads every
+    frozen tensor once, where it lives, and compares fingerprints, or digests on a processor. At the end of the ``with``
+    it proves all digests of the manifest.
 
     Attributes:
         steps: Steps seen.
@@ -59,25 +55,52 @@ class Guard:
 
     def __init__(
         self,
-        frozen: Watched,
         optimizer: torch.optim.Optimizer,
-        every: int | None = 1,
+        witness: Witness,
+        marks: Marks,
+        verify: Callable[[], Report],
         *,
-        expect_trained: bool = False,
+        every: int | None = 1,
+        at_the_end: Callable[[], Report] | None = None,
     ) -> None:
-        if every is not None and (type(every) is not int or every < 1):
-            raise UsageError(f"every: expected a whole number from 1, found {shown(every, 40)}")
+        """Begin to watch; a frozen model's ``guard`` is the way to ask for it.
+
+        Args:
+            optimizer: The optimizer, or a wrapper with it as its ``optimizer``.
+            witness: Who looks before each step.
+            marks: What is compared after it.
+            verify: Proves all digests.
+            every: As ``FrozenModel.guard`` takes it.
+            at_the_end: Proves what is to be proven at the end; None proves all digests.
+
+        Raises:
+            UsageError: if the optimizer is none of torch, or ``every`` is no number of steps.
+        """
+        self._every = checked_every(every)
         inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate and Lightning wrap theirs
         if not isinstance(inner, torch.optim.Optimizer):
-            raise UsageError(f"expected an optimizer of torch, found {shown(type(optimizer).__name__)}")
-        self._frozen, self._every, self._expect_trained = frozen, every, expect_trained
+            raise UsageError(
+                f"expected an optimizer of torch, found {shown(type(optimizer).__name__)}",
+                hint="give the torch.optim.Optimizer inside of it",
+            )
+        self._witness, self._marks, self._verify = witness, marks, verify
+        self._at_the_end = at_the_end or verify
         self.steps = 0
         self.seconds = 0.0
+        self._before_these = 0
         self._doubted: str | None = None
         self._handles: list[Removable] = [
             inner.register_step_pre_hook(uncompiled(self._before)),
             inner.register_step_post_hook(uncompiled(self._after)),
         ]
+
+    def count_from(self, step: int) -> None:
+        """Count the steps in messages on from those that were taken before this guard was there."""
+        self._before_these = step
+
+    @property
+    def _step(self) -> str:
+        return f"{self._before_these + self.steps:,}"
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -99,9 +122,9 @@ class Guard:
         """
         with self._timed():
             if self._doubted is not None:
-                self._frozen.verify().raise_if_changed(self._doubted)
+                self._verify().raise_if_changed(self._doubted)
                 self._doubted = None
-            self._refuse(self._frozen.before_step(optimizer), f"before step {self.steps + 1:,}:")
+            self._refuse(self._witness.look(optimizer), f"before step {self._before_these + self.steps + 1:,}:")
 
     def _refuse(self, about: Mapping[str, str], when: str) -> None:
         if not about:
@@ -124,15 +147,15 @@ class Guard:
             return
         with self._timed():
             self.steps += 1
-            self._frozen.after_step()
+            self._witness.after()
             # A closure goes backward inside of the step: what is wrong was not to be seen before.
-            about = self._frozen.before_step(optimizer) if goes_backward(args, options) else {}
+            about = self._witness.look(optimizer) if goes_backward(args, options) else {}
             if self._every is not None and self.steps % self._every == 0:
-                self._compare(f"after step {self.steps:,}, ")
-            self._refuse(about, f"after step {self.steps:,}:")
+                self._compare(f"after step {self._step}, ")
+            self._refuse(about, f"after step {self._step}:")
 
     def compare(self, when: str) -> None:
-        """Read every frozen tensor once, where it lives, and compare fingerprints.
+        """Do what is done after every ``every``-th step: for a trainer that has a better moment for it.
 
         Args:
             when: Said before the message: ``after step 7, ``.
@@ -144,13 +167,13 @@ class Guard:
             self._compare(when)
 
     def _compare(self, when: str) -> None:
-        if self._frozen.moved():
-            self._frozen.verify().raise_if_changed(when)
-            self._frozen.mark()  # the same values in a wider dtype have another fingerprint
+        if self._marks.moved():
+            self._verify().raise_if_changed(when)
+            self._marks.take()  # the same values in a wider dtype have other marks
 
     def cost(self) -> str:
         """What watching costs, in words."""
-        return f"{self.seconds * 1e3:.1f} ms over {self.steps:,} steps"
+        return f"{self.seconds * 1e3:.1f} ms over {counted(self.steps, 'step')}"
 
     def doubt(self, when: str) -> None:
         """Prove all digests before the next step: something is about to write to the model.
@@ -170,15 +193,6 @@ class Guard:
             handle.remove()
         self._handles = []
 
-    def prove(self) -> None:
-        """Prove all digests.
-
-        Raises:
-            FrozenWeightsChanged: naming every frozen tensor that moved, with its cause where that is settled.
-        """
-        with self._timed():
-            self._frozen.verify(expect_trained=self._expect_trained).raise_if_changed()
-
     def __enter__(self) -> Self:
         if not self._handles:
             raise UsageError("the guard was removed; ask the frozen model for another")
@@ -189,4 +203,5 @@ class Guard:
     ) -> None:
         self.remove()
         if error is None:
-            self.prove()
+            with self._timed():
+                self._at_the_end().raise_if_changed()

@@ -11,48 +11,35 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from .stand_in import StandIn
 from .tensors import as_dtensor, unreadable
 
 __all__ = ["StaysInEvaluation", "mover", "moves_in_training", "shrinks_rows", "silenced", "unholdable"]
 
 
-class StaysInEvaluation:
-    """Takes the place of a module's ``train`` method: whatever the mode, the module itself evaluates.
+class StaysInEvaluation(StandIn):
+    """Stands in for a module's ``train``: whatever the mode, the module itself evaluates."""
 
-    It is bound to this one module. A copy of the module, by pickle or deepcopy, gets its class's own method.
-    """
+    method = "train"
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        super().__init__(module)
         self.was_training = module.training
-        self.replaced = module.__dict__.get("train")
-
-    def hold(self) -> None:
-        self.module.training = False
-        self.module.__dict__["train"] = self
-
-    def release(self) -> None:
-        current = self.module.__dict__.get("train")
-        if current is not self:  # another freeze came later and holds on to this one
-            while isinstance(current, StaysInEvaluation) and current.replaced is not self:
-                current = current.replaced
-            if isinstance(current, StaysInEvaluation):
-                current.replaced, current.was_training = self.replaced, self.was_training
-            return
-        del self.module.__dict__["train"]
-        if self.replaced is not None:
-            self.module.__dict__["train"] = self.replaced
-        self.module.training = self.was_training
+        module.training = False
 
     def __call__(self, mode: bool = True) -> nn.Module:
-        method = self.replaced or type(self.module).train.__get__(self.module)
-        method(mode)
+        self.original(mode)
         self.was_training = mode  # what a release gives back
         self.module.training = False
         return self.module
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self.module, "train")
+    def release(self) -> None:
+        """Give the module back, in the mode that was asked for last."""
+        later = self.withdraw()
+        if later is not None:
+            later.was_training = self.was_training
+        elif not isinstance(self.module.__dict__.get(self.method), StaysInEvaluation):
+            self.module.training = self.was_training
 
 
 def moves_in_training(module: nn.Module) -> str | None:

@@ -63,7 +63,8 @@ class Lanes:
 
     def __init__(self, device: torch.device, compiled: bool | None) -> None:
         self._device = device
-        self._compiled = device.type == "cuda" and _has_triton() if compiled is None else compiled
+        by_itself = device.type == "cuda" and device.type not in _UNCOMPILED and _has_triton()
+        self._compiled = by_itself if compiled is None else compiled
         self._may_fail = compiled is None
         self._block = _BLOCK
         self._buffers: torch.Tensor | None = None
@@ -145,10 +146,13 @@ class Lanes:
                     keys = self._row_keys(row + first, row + first + len(part))
                     sums.append(_compiled()(part, _kept_keys(self._device)[0], keys))
                 return torch.stack(sums).sum(0)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError:
                 if not self._may_fail:
                     raise
                 self._compiled = False  # a machine without a compiler has triton too
+                _UNCOMPILED.add(self._device.type)
         return (self._in_rows(words) * self._row_keys(row, row + len(words))).sum(1)
 
     def _in_rows(self, words: torch.Tensor) -> torch.Tensor:
@@ -209,6 +213,10 @@ def _compiled() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Te
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of what it imports, in torch itself
         return torch.compile(_row_sums, dynamic=True)
+
+
+#: Types of device for which compiling failed in this process.
+_UNCOMPILED: set[str] = set()
 
 
 def _has_triton() -> bool:

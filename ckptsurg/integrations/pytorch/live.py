@@ -46,7 +46,7 @@ class LiveModel:
     Attributes:
         model: The model.
         parts: All of the model, as its checkpoint cuts it.
-        partners: The model's own name for each of the checkpoint's that it has.
+        partners: For each name of the checkpoint that the model has, the one in ``parts`` that stands for it.
     """
 
     def __init__(self, model: nn.Module, wanted: Collection[str], names: Renaming | None = None) -> None:
@@ -95,16 +95,23 @@ class LiveModel:
                 (frozen if record.frozen else trainable).extend(part.live)
         return Roles(tuple(dict.fromkeys(frozen)), rows, tuple(dict.fromkeys(trainable)))
 
-    def source(self) -> LiveTensors:
-        """The model as a TensorSource under its checkpoint's names, as it is now."""
-        return self._source(self.now(), f"the model ({type(self.model).__name__})")
+    def source(self, without: Collection[str] = ()) -> LiveTensors:
+        """The model as a TensorSource under its checkpoint's names, as it is now.
+
+        Args:
+            without: Names of the checkpoint to leave out.
+        """
+        gone = {self.partners[name] for name in without if name in self.partners}
+        parts = [part for part in self.parts if not gone.intersection(part.saved)]
+        return self._source(parts, self.now(), f"the model ({type(self.model).__name__})")
 
     def source_of(self, state: Mapping[str, torch.Tensor], label: str) -> LiveTensors:
         """A state dict of the model as a TensorSource under its checkpoint's names."""
-        return self._source(self._found_in(state), label)
+        return self._source(self.parts, self._found_in(state), label)
 
-    def _source(self, live: Mapping[str, torch.Tensor], label: str) -> LiveTensors:
-        return LiveTensors([part for part in self.parts if all(name in live for name in part.live)], live, label)
+    @staticmethod
+    def _source(parts: Sequence[Part], live: Mapping[str, torch.Tensor], label: str) -> LiveTensors:
+        return LiveTensors([part for part in parts if all(name in live for name in part.live)], live, label)
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -153,7 +160,7 @@ def _settled(
         saved = align(wanted, {name: name for part in parts for name in part.saved})
         if len(saved) > len(partners):
             return parts, saved
-    return [Part.one(used[name], new) for name, new in called.items()], partners
+    return [Part((used[name],), (new,)) for name, new in called.items()], partners
 
 
 def _as_used(live: Collection[str], model: nn.Module) -> dict[str, str]:
@@ -185,7 +192,7 @@ def _converted(model: nn.Module, live: Mapping[str, torch.Tensor], wanted: Colle
         return None
     for path, module in model.named_modules():
         if isinstance(module, transformers.PreTrainedModel) and unwrapped(path) in ("", "base_model"):
-            from ..transformers_names import parts_as_saved
+            from .converted import parts_as_saved
 
             bare = {unwrapped(used): live[name] for name, used in _as_used(live, model).items()}
             return parts_as_saved(module, bare, wanted)
@@ -220,15 +227,15 @@ class LiveTensors:
         for one in part.live:
             if reason := unreadable(self._live[one]):
                 raise FreezeError(f'{self.label}: "{shown(one)}" {reason}')
-        if part.as_is:
+        if part.split is None:
             return self._live[part.live[0]].detach()
         if self._split is None or self._split[0] is not part:
-            self._split = part, part.split({one: whole_of(self._live[one]) for one in part.live})
+            self._split = part, part.cut({one: whole_of(self._live[one]) for one in part.live})
         return self._split[1][name]
 
 
 def _infos(part: Part, live: Mapping[str, torch.Tensor]) -> dict[str, TensorInfo]:
-    if part.as_is:
+    if part.split is None:
         return {part.saved[0]: info_of(live[part.live[0]])}
     twins = {name: torch.empty(live[name].shape, dtype=live[name].dtype, device="meta") for name in part.live}
-    return {name: info_of(tensor) for name, tensor in part.split(twins).items()}
+    return {name: info_of(tensor) for name, tensor in part.cut(twins).items()}

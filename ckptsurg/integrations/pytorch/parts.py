@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 
-__all__ = ["Part", "parts_as_named"]
+__all__ = ["Part"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,21 +17,14 @@ class Part:
     Attributes:
         live: Names in the model.
         saved: Names in the checkpoint.
-        split: From these live tensors by name to the checkpoint's by name; values are moved, never computed with.
-        as_is: Whether it is one live tensor that is one checkpoint tensor.
+        split: From these live tensors by name to the checkpoint's by name; values are moved, never computed with. None
+            where one live tensor is one checkpoint tensor.
     """
 
     live: tuple[str, ...]
     saved: tuple[str, ...]
-    split: Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
-    as_is: bool = False
+    split: Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]] | None = None
 
-    @classmethod
-    def one(cls, live: str, saved: str) -> Self:
-        """One live tensor that is one checkpoint tensor."""
-        return cls((live,), (saved,), lambda given: {saved: given[live]}, as_is=True)
-
-
-def parts_as_named(live: Iterable[str]) -> list[Part]:
-    """Every live tensor is the checkpoint tensor of its name."""
-    return [Part.one(name, name) for name in live]
+    def cut(self, live: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """The checkpoint's tensors of these live ones, by name."""
+        return {self.saved[0]: live[self.live[0]]} if self.split is None else self.split(live)

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from ...causes import reparametrised_as
 from ...manifest import Manifest
 from ...renaming import common_prefix
+from ...settling import reparametrised_as
 from ...verifying import verify
 from ...wording import enumerate_names, shown
 from .holds import silenced, unholdable
@@ -19,31 +19,26 @@ from .witness import tied_to_trainable
 __all__ = ["refusals"]
 
 
-def refusals(manifest: Manifest, live: LiveModel, *, allow_widened: bool) -> list[str]:
-    """Everything that stands against the freeze, a line each, with the tensor's name."""
+def refusals(manifest: Manifest, live: LiveModel, *, allow_widened: bool) -> tuple[list[str], str | None]:
+    """Everything that stands against the freeze, a line each with the tensor's name; and a hint where one helps."""
     now = live.now()
-    readable = dict(live.partners)
-    problems = list(_mismatches(manifest, live, now, readable, allow_widened=allow_widened))
-    if not problems:
-        problems += _parted(manifest, live)
-        problems += _entangled(manifest, live, now)
-        problems += _unholdable(manifest, live, now)
-    return problems
+    if problems := list(_mismatches(manifest, live, now, allow_widened=allow_widened)):
+        return problems, "load the published weights first; where the model has other names than the file, give `names`"
+    return [*_parted(manifest, live), *_entangled(manifest, live, now), *_unholdable(manifest, live, now)], None
 
 
 def _mismatches(
     manifest: Manifest,
     live: LiveModel,
     now: Mapping[str, torch.Tensor],
-    readable: dict[str, str],
     *,
     allow_widened: bool,
 ) -> Iterator[str]:
     """Frozen tensors that the model does not hold as the manifest records them."""
-    if not readable and (prefix := common_prefix([{name} for name in manifest.frozen], now)):
+    if not live.partners and (prefix := common_prefix([{name} for name in manifest.frozen], now)):
         yield f'all stand under "{shown(prefix)}" in the model: names=lambda name: name.removeprefix("{shown(prefix)}")'
         return
-    absent = {name for name in manifest.frozen if name not in readable}
+    absent = {name for name in manifest.frozen if name not in live.partners}
     for name in manifest.frozen:
         if name in absent:
             where = reparametrised_as(name, now)
@@ -52,9 +47,7 @@ def _mismatches(
         elif reason := next(filter(None, (unreadable(now[one]) for one in live.holding(name).live)), None):
             yield f'"{shown(name)}" {reason}'
             absent.add(name)
-    source = live.source()
-    source.tensors = {name: info for name, info in source.tensors.items() if name not in _own(live, absent)}
-    for difference in verify(manifest, source, saved=False).drifted:
+    for difference in verify(manifest, live.source(without=absent), saved=False).drifted:
         if difference.name in absent or (difference.verdict == "dtype_only" and allow_widened):
             continue
         if difference.verdict == "changed":
@@ -65,17 +58,13 @@ def _mismatches(
             yield difference.describe()
 
 
-def _own(live: LiveModel, names: set[str]) -> set[str]:
-    return {live.partners[name] for name in names if name in live.partners}
-
-
 def _parted(manifest: Manifest, live: LiveModel) -> Iterator[str]:
     """Live tensors that hold both frozen and trainable tensors of the checkpoint."""
     record = {own: manifest.tensors[name] for name, own in live.partners.items()}
     for part in live.parts:
         frozen = [name for name in part.saved if name in record and record[name].frozen]
         others = [name for name in part.saved if name not in record or record[name].trains]
-        if not frozen or part.as_is:
+        if not frozen or part.split is None:
             continue
         where = f"{enumerate_names(part.live, 2)} of the model"
         if others == frozen:

@@ -86,6 +86,11 @@ class HeldRows:
         model = self._model()
         if model is not None and self in _HELD.get(model, []):
             _HELD[model].remove(self)
+            if not _HELD[model]:
+                del _HELD[model]
+        if not _HELD:
+            while _HOOKS:
+                _HOOKS.pop().remove()
 
 
 def _clear(rows: tuple[int, int], parameter: torch.Tensor) -> None:

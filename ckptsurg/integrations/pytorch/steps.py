@@ -10,7 +10,8 @@ import torch
 
 __all__ = ["goes_backward", "uncompiled", "under_way"]
 
-#: What torch wraps around the ``step`` of every optimizer; hooks run in it.
+#: What torch (2.0 and later) wraps around the ``step`` of every optimizer; hooks run in it. It is looked for on the
+#: stack because a counter would stay up when a step raises. Were it not found, nested steps would pass for outer ones.
 _WRAPPER = torch.optim.Optimizer.profile_hook_step(lambda *_: None).__code__
 
 

@@ -66,16 +66,15 @@ class Watch:
             found = verify(manifest, live.source(), allow_widened=True, saved=False)
             if not found.ok:
                 raise FreezeError(
-                    f"the model ({type(self._model).__name__}) does not hold what the manifest freezes: "
-                    f"{found.summary(5)}",
-                    hint="load the published weights first",
+                    f"the model ({type(self._model).__name__}) does not hold what the manifest freezes, "
+                    f"or has changed since it was described: {found.summary(5)}"
                 )
             source = live.source()
             copies = {name: whole_of(source.tensor(live.partners[name])).clone() for name in manifest.frozen}
             # What is in a wider dtype than the manifest's is no baseline of it.
             self._before = None if found.drifted else TorchTensors(copies, "the model before")
         self._live, roles = live, live.roles(manifest)
-        self._witness = Witness(live, roles.frozen, roles.trainable, roles.rows)
+        self._witness = Witness(live, roles, rows_are_held=False)
         self._handles = [
             register_optimizer_step_pre_hook(uncompiled(self._before_step)),
             register_optimizer_step_post_hook(uncompiled(self._after_step)),

@@ -9,47 +9,44 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from ...causes import moving_buffer
+from ...settling import moving_buffer
 from .fingerprint import Fingerprint, fingerprints
-from .holds import mover, shrinks_rows
-from .live import LiveModel
+from .holds import mover, moves_in_training, shrinks_rows
+from .live import LiveModel, Roles
 from .tensors import as_dtensor, unreadable
 
 __all__ = ["Witness", "tied_to_trainable"]
 
 
 class Witness:
-    """Looks at a model before each step of an optimizer, reading no tensor unless something is odd.
+    """Looks at a model before each step of an optimizer.
+
+    It reads no tensor, but for gradients that should not be there, and for tensors without a gradient that an optimizer
+    of somebody else's steps: torch's own leave those alone.
 
     Attributes:
         causes: What was seen to move a frozen tensor, or about to, by the live name; the first that was seen.
     """
 
-    def __init__(
-        self,
-        live: LiveModel,
-        frozen: Collection[str],
-        trainable: Collection[str],
-        rows: Mapping[str, tuple[int, int]] | None = None,
-    ) -> None:
+    def __init__(self, live: LiveModel, roles: Roles, *, rows_are_held: bool = True) -> None:
         """Begin to look.
 
         Args:
             live: The model.
-            frozen: Live names of what is frozen as a whole.
-            trainable: Live names of what is meant to train.
-            rows: What is frozen in a part and trains in the rest, if nobody holds it: its rows by live name.
+            roles: What is frozen of it.
+            rows_are_held: Whether somebody holds the rows of what is frozen in a part: then it may have a gradient.
         """
-        self._live, self._frozen, self._rows = live, tuple(frozen), dict(rows or {})
+        self._live, self._frozen = live, roles.frozen
+        self._rows = {} if rows_are_held else roles.rows
         now = live.now()
         self.causes: dict[str, str] = {}
-        self._trained = {name for name in frozen if name in now and now[name].requires_grad}
+        self._trained = {name for name in roles.frozen if name in now and now[name].requires_grad}
         self._were = {name: weakref.ref(tensor) for name, tensor in now.items() if isinstance(tensor, nn.Parameter)}
-        self._tied = {one for one, _ in tied_to_trainable(now, self._frozen, trainable)}
+        self._tied = {one for one, _ in tied_to_trainable(now, roles.frozen, roles.trainable)}
         self._shrinking = {path for path, module in live.model.named_modules() if shrinks_rows(module)}
         self._training: set[str] = set()
         self._bracketed: dict[str, Fingerprint] = {}
-        self.look_at_modes()
+        self._look_at_modes()
 
     def look(self, optimizer: torch.optim.Optimizer) -> dict[str, str]:
         """Look before a step.
@@ -83,8 +80,8 @@ class Witness:
                 self.causes[name] = code
         if not type(optimizer).__module__.startswith("torch.optim."):  # torch's own leave alone what has no gradient
             self._bracketed = fingerprints({name: now[name] for name in without_gradient})
-        self.look_at_modes()
-        return about
+        self._look_at_modes()
+        return about | self._moving_buffers(now)
 
     def after(self) -> None:
         """Look after the step."""
@@ -124,13 +121,24 @@ class Witness:
             if not any(tensor is was for tensor in now.values()):
                 yield name
 
-    def look_at_modes(self) -> None:
+    def _moving_buffers(self, now: Mapping[str, torch.Tensor]) -> dict[str, str]:
+        """Frozen buffers that the forward pass writes to, since their layer is in training mode: causes by name."""
+        frozen = {id(now[name]): name for name in self._frozen if name in now}
+        return {
+            frozen[id(buffer)]: cause
+            for module in self._live.model.modules()
+            if module.training and (cause := moves_in_training(module))
+            for buffer in module._buffers.values()
+            if id(buffer) in frozen
+        }
+
+    def _look_at_modes(self) -> None:
         """Note which modules are in training mode."""
         self._training.update(path for path, module in self._live.model.named_modules() if module.training)
 
     def by_saved_name(self) -> dict[str, str]:
         """What is known of every frozen tensor, were it to have moved, by the checkpoint's names."""
-        self.look_at_modes()
+        self._look_at_modes()
         found = self._by_owner() | self.causes
         for name in self._tied:
             found.setdefault(name, "tied")
@@ -158,7 +166,7 @@ class Witness:
                     found[name] = "embedding_max_norm"
                 continue
             code = mover(module)
-            if code == "observer" or (code is not None and path in self._training):
+            if code is not None and (path in self._training or moves_in_training(module) is None):
                 found[name] = code
             elif moving_buffer(name, now.keys()) == "router_bias":
                 found[name] = "router_bias"

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ..errors import FreezeError
-from ..wording import shown
-from .pytorch.parts import Part, parts_as_named
+from ...errors import FreezeError
+from ...wording import shown
+from .parts import Part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +43,7 @@ def parts_as_saved(model: PreTrainedModel, live: Mapping[str, torch.Tensor], wan
     known = set(live) if groups is None else {name for group in groups for name in group.saved}
     missing = [name for name in wanted if name not in known]
     if groups is None and not missing:
-        return parts_as_named(live)
+        return [Part((name,), (name,)) for name in live]
     if groups is None:
         groups = [_Group((name,), (name,), as_is=True) for name in live]
     called: dict[str, str] = {}
@@ -72,7 +72,7 @@ class _Group:
 def _part(model: PreTrainedModel, group: _Group, called: Mapping[str, str]) -> Part:
     names = {name: called.get(name, name) for name in group.saved}
     if group.as_is:
-        return Part.one(group.live[0], *names.values())
+        return Part(group.live, tuple(names.values()))
     return Part(group.live, tuple(names.values()), partial(_split, model, group.live, names))
 
 
@@ -92,8 +92,6 @@ _MOVES = {
     "index_select", "movedim", "narrow", "permute", "reshape", "roll", "select", "split", "split_with_sizes", "squeeze",
     "stack", "swapaxes", "tensor_split", "transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as",
 }  # fmt: skip
-
-_QUANTISED = "load the weights as they were published, without quantisation"
 
 
 class _Traced(torch.Tensor):
@@ -125,12 +123,12 @@ def _groups(model: PreTrainedModel, live: Mapping[str, torch.Tensor]) -> list[_G
         saved = _reverted(model, twins)
     except Exception as failure:  # whatever a conversion meets
         reason = shown(failure) or type(failure).__name__
-        raise _refused(model, f"cannot take back how it converted the weights: {reason}", _QUANTISED) from failure
+        raise _refused(model, f"cannot take back how it converted the weights: {reason}") from failure
     if saved is twins:
         return None
     # Values that are rounded again would hide that those in the model have changed.
     if computed := [name for name, tensor in saved.items() if not getattr(tensor, "moved", True)]:
-        raise _refused(model, f'saves "{shown(computed[0])}" computed anew, not with the bits in the model', _QUANTISED)
+        raise _refused(model, f'saves "{shown(computed[0])}" computed anew, not with the bits in the model')
     groups = list(_connected(live, {name: getattr(tensor, "made_of", ()) for name, tensor in saved.items()}))
     as_is = [_Group(g.live, g.saved, as_is=True) for g in groups if _is_renamed(g, twins, saved)]
     converted = [group for group in groups if not _is_renamed(group, twins, saved)]
@@ -142,9 +140,11 @@ def _groups(model: PreTrainedModel, live: Mapping[str, torch.Tensor]) -> list[_G
     return as_is + _separable(model, converted, live, saved)
 
 
-def _refused(model: PreTrainedModel, what: str, hint: str | None = None) -> FreezeError:
+def _refused(model: PreTrainedModel, what: str) -> FreezeError:
+    quantised = getattr(model, "hf_quantizer", None) is not None
     return FreezeError(
-        f"the model ({type(model).__name__}) cannot be compared with its checkpoint: transformers {what}", hint=hint
+        f"the model ({type(model).__name__}) cannot be compared with its checkpoint: transformers {what}",
+        hint="load the weights as they were published, without quantisation" if quantised else "give `names`",
     )
 
 

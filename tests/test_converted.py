@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, core_model_loading
 from transformers.core_model_loading import Chunk, ConversionOps, WeightConverter, WeightRenaming
 
 from ckptsurg.errors import FreezeError
+from ckptsurg.integrations.pytorch.converted import parts_as_saved
 from ckptsurg.integrations.pytorch.parts import Part
 from ckptsurg.integrations.pytorch.tensors import live_tensors
-from ckptsurg.integrations.transformers_names import parts_as_saved
 
 # fmt: off
 BERT = {
@@ -160,7 +160,7 @@ def split(model: PreTrainedModel, saved: Iterable[str]) -> tuple[list[Part], dic
     assert sorted(name for part in parts for name in part.live) == sorted(live)
     made: dict[str, torch.Tensor] = {}
     for part in parts:
-        some = part.split({name: live[name] for name in part.live})
+        some = part.cut({name: live[name] for name in part.live})
         assert set(some) == set(part.saved)
         assert len(set(part.saved)) == len(part.saved)
         assert not made.keys() & some.keys()
@@ -215,7 +215,7 @@ def test_experts_of_mixtral(tmp_path: Path) -> None:
     fused = "model.layers.1.mlp.experts.gate_up_proj"
     part = parts[fused,]
     assert sorted(part.saved) == sorted(f"{experts}.{number}.w{w}.weight" for number in range(4) for w in (1, 3))
-    made, whole = part.split({fused: live[fused]}), live[fused].detach().numpy()
+    made, whole = part.cut({fused: live[fused]}), live[fused].detach().numpy()
     for number in range(4):
         np.testing.assert_array_equal(made[f"{experts}.{number}.w1.weight"], whole[number, :48])
         np.testing.assert_array_equal(made[f"{experts}.{number}.w3.weight"], whole[number, 48:])
@@ -240,7 +240,7 @@ def test_heads_that_the_file_has_fused() -> None:
     names = tuple(f"layers.0.self_attn.{one}_proj.weight" for one in "qkv")
     part = next(part for part in parts_as_saved(model, live, ()) if set(names) <= set(part.live))
     assert part.live == tuple(name for name in live if name in names)
-    (whole,) = part.split(live).values()
+    (whole,) = part.cut(live).values()
     np.testing.assert_array_equal(whole, np.concatenate([live[name].detach().numpy() for name in names]))
 
 

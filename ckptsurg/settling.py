@@ -1,0 +1,201 @@
+"""Which cause the evidence settles. One that it does not settle is None, never a guess."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from .report import Difference
+from .traits import Traits
+
+__all__ = ["Evidence", "moving_buffer", "reparametrised_as", "with_causes"]
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What is known of tensors that moved.
+
+    Attributes:
+        names: All names of the manifest.
+        given: What the other side calls its tensors, wrappers aside.
+        ranks: Number of dimensions of each frozen floating-point tensor.
+        saved: Whether the other side was saved, so that what it lacks was left out.
+        witnessed: Causes that were seen while the model trained, by name; None where nobody watched.
+        traits: How each tensor changed, where a baseline shows it.
+        twins: Frozen tensors that were equal to a trainable one before, and are so after.
+        recognised: Whether any tensor of the manifest is there.
+    """
+
+    names: Collection[str]
+    given: Collection[str]
+    ranks: Mapping[str, int]
+    saved: bool = True
+    witnessed: Mapping[str, str] | None = None
+    traits: Mapping[str, Traits] = field(default_factory=dict)
+    twins: Collection[str] = ()
+    recognised: bool = True
+
+
+def with_causes(drifted: Sequence[Difference], evidence: Evidence) -> list[Difference]:
+    """The differences with their causes, where the evidence settles them.
+
+    Args:
+        drifted: Every frozen tensor that is not what it should be.
+        evidence: What is known of them.
+    """
+    if not drifted:
+        return []
+    settle = _Settling(drifted, evidence)
+    return [difference.model_copy(update={"cause": settle.cause(difference)}) for difference in drifted]
+
+
+class _Settling:
+    """Names causes in the light of everything that moved."""
+
+    def __init__(self, drifted: Sequence[Difference], evidence: Evidence) -> None:
+        self._evidence = evidence
+        self._moved = [one.name for one in drifted if one.verdict not in ("missing", "dtype_only")]
+        self._missing = {one.name for one in drifted if one.verdict == "missing"}
+        kinds = {name: moving_buffer(name, evidence.names) for name in self._moved}
+        # Optimizers, casts and averages do not single buffers out: where nothing else moved, the forward pass did it.
+        self._buffers = kinds if all(kinds.values()) else {}
+        if evidence.witnessed is not None:  # whoever watched knows better, but for a layer that trained in passing
+            self._buffers = {name: kind for name, kind in kinds.items() if kind and _counter(name) in self._moved}
+
+    def cause(self, difference: Difference) -> str | None:
+        name, evidence = difference.name, self._evidence
+        match difference.verdict:
+            case "missing":
+                return self._why_missing(name)
+            case "sign_of_zero" | "nan_payload" | "dtype_only":
+                return difference.verdict
+            case "dtype" | "changed":
+                traits = evidence.traits.get(name)
+                if traits is not None and traits.cast_to is not None:
+                    return "dtype_only"
+                if difference.verdict == "dtype":
+                    return None
+                return (evidence.witnessed or {}).get(name) or self._why_changed(name, traits)
+        return None
+
+    def _why_missing(self, name: str) -> str | None:
+        evidence = self._evidence
+        if reparametrised_as(name, evidence.given) is not None:
+            return "reparametrised"
+        # Where nothing is there, names differ, or it is another model: that is no omission.
+        return "not_saved" if evidence.recognised and evidence.saved else None
+
+    def _why_changed(self, name: str, traits: Traits | None) -> str | None:
+        if name in self._evidence.twins:
+            return "tied"
+        if (buffer := self._buffers.get(name)) is not None:
+            return None if buffer == "batchnorm_stats" and self._was_reset(name) else buffer
+        if traits is None:
+            return None
+        if self._counted_on(name):
+            return "batchnorm_stats"
+        others = self._evidence.traits.values()
+        # Equal values shrink by one ratio whatever moves them, so others have to bear witness.
+        if traits.shrank_by_one_ratio or any(o.shrank_by_one_ratio and traits.shrank_like(o) for o in others):
+            return "weight_decay"
+        if self._averaged():
+            return "ema_rounding"
+        return "merge_roundtrip" if self._merged() else None
+
+    def _counter(self, name: str) -> Traits | None:
+        """How the counter of a running statistic changed; None if it did not, or that is not known."""
+        return self._evidence.traits.get(_counter(name)) if name.rpartition(".")[2] in _STATISTICS else None
+
+    def _counted_on(self, name: str) -> bool:
+        """Whether the counter has gone up, as only a forward pass makes it; and the model is no retrained one."""
+        counter = self._counter(name)
+        return counter is not None and counter.grew and all(one.is_akin for one in self._traits(lambda rank: rank >= 2))
+
+    def _was_reset(self, name: str) -> bool:
+        counter = self._counter(name)
+        return counter is not None and not counter.grew
+
+    def _averaged(self) -> bool:
+        """Whether everything moved as in a moving average of values that stand still."""
+        traits = self._traits()
+        if not traits or not all(one.is_rounding_of_products for one in traits):
+            return False
+        shrank, rose = any(one.shrank for one in traits), any(one.rose for one in traits)
+        one_way = not (shrank and rose) or all(one.ulps <= 4 for one in traits)
+        return one_way and sum(one.changed for one in traits) >= 16 and not self._some_held(lambda rank: rank >= 2)
+
+    def _merged(self) -> bool:
+        """Whether some matrices, and nothing but matrices, moved as rounding makes them that adds and takes away."""
+        traits = self._traits()
+        return (
+            len(traits) > 1
+            and all(one.is_rounding_of_sums for one in traits)
+            and sum(one.changed for one in traits) >= 8
+            and not self._traits(lambda rank: rank == 1)
+            and self._some_held(lambda rank: rank == 1)
+            and self._some_held(lambda rank: rank >= 2)
+        )
+
+    def _traits(self, law: Callable[[int], bool] = lambda rank: True) -> list[Traits]:
+        """Of the frozen tensors with fractions that moved, those of some ranks; none if one of them is not known."""
+        ranks, known = self._evidence.ranks, self._evidence.traits
+        names = [name for name in self._moved if name in ranks and law(ranks[name])]
+        return [known[name] for name in names] if all(name in known for name in names) else []
+
+    def _some_held(self, law: Callable[[int], bool]) -> bool:
+        gone = {*self._moved, *self._missing}
+        return any(law(rank) and name not in gone for name, rank in self._evidence.ranks.items())
+
+
+def _counter(name: str) -> str:
+    """What counts the batches of the norm layer that has a tensor."""
+    module, separator, _ = name.rpartition(".")
+    return f"{module}{separator}num_batches_tracked"
+
+
+_STATISTICS = frozenset(("running_mean", "running_var", "num_batches_tracked"))
+_OBSERVED = frozenset(
+    (
+        *("min_val", "max_val", "min_vals", "max_vals", "histogram", "scale", "zero_point", "amax_history"),
+        *("fake_quant_enabled", "observer_enabled"),
+    )
+)
+#: DeepSeek-V3 and its kin; Megatron-LM.
+_ROUTER_BIASES = frozenset(("e_score_correction_bias", "expert_bias", "expert_biases"))
+
+
+def moving_buffer(name: str, names: Collection[str]) -> str | None:
+    """What writes to a buffer in the forward pass, told by its name and its siblings; None for other tensors.
+
+    Args:
+        name: Of a tensor.
+        names: Of all tensors of its model.
+    """
+    module, separator, leaf = name.rpartition(".")
+    start = module + separator
+    if leaf in _STATISTICS and f"{start}running_mean" in names:
+        return "batchnorm_stats"
+    if leaf in ("_u", "_v") and f"{start.removesuffix('0.')}original" in names:
+        return "spectral_norm"
+    if leaf.endswith(("_u", "_v")) and f"{start}{leaf[:-2]}_orig" in names:
+        return "spectral_norm"
+    if leaf in _OBSERVED and any(f"{start}{sibling}" in names for sibling in ("min_val", "fake_quant_enabled")):
+        return "observer"
+    return "router_bias" if leaf in _ROUTER_BIASES else None
+
+
+def reparametrised_as(name: str, given: Collection[str]) -> str | None:
+    """The name under which a reparametrisation keeps a tensor; None where there is none.
+
+    ``torch.nn.utils.parametrize`` moves ``weight`` to ``parametrizations.weight.original``; the older hooks and
+    pruning to ``weight_orig``, weight norm to ``weight_g`` and ``weight_v``.
+    """
+    module, separator, leaf = name.rpartition(".")
+    start = module + separator
+    candidates = (
+        f"parametrizations.{leaf}.original",
+        f"parametrizations.{leaf}.original0",
+        f"{leaf}_orig",
+        f"{leaf}_v",
+    )
+    return next((start + candidate for candidate in candidates if start + candidate in given), None)
