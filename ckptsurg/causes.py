@@ -27,7 +27,7 @@ CAUSES = {
     ),
     "weight_decay": Cause(
         "weight decay alone moves it: values shrink by one ratio, though no gradient reaches them",
-        "build the optimizer from the trainable parameters alone, or put the frozen ones into a group without decay",
+        "build the optimizer from the trainable parameters alone; ckptsurg.freeze holds frozen rows of one that trains",
     ),
     "late_freeze": Cause(
         "requires_grad was turned off after the backward pass, so the gradient was there and the step used it",
@@ -46,8 +46,8 @@ CAUSES = {
         "freeze with ckptsurg.freeze, which refuses patterns that match nothing and checks the flags",
     ),
     "reenabled": Cause(
-        "requires_grad was turned on again after the freeze",
-        "freeze after whatever turned it on, and build the optimizer after that",
+        "requires_grad was turned on again after the freeze, or another parameter was put in its place that has it on",
+        "freeze after whatever did that, and build the optimizer after the freeze",
     ),
     "tied": Cause(
         "it shares its storage with a parameter that trains",

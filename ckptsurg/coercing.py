@@ -132,6 +132,8 @@ def tensors_of(given: TensorsLike, wanted: Collection[str] = ()) -> Iterator[Ten
     elif torch is not None and isinstance(given, Mapping):
         from .integrations.pytorch.tensors import TorchTensors
 
+        # What get_extra_state() of a module gave is no weight, whatever it is.
+        given = {name: value for name, value in given.items() if not str(name).endswith("_extra_state")}
         if odd := [name for name, value in given.items() if not isinstance(value, torch.Tensor)]:
             message = f'"{shown(odd[0])}" of the state dict is a {type(given[odd[0]]).__name__}, not a tensor'
             inside = next((name for name in ("state_dict", "model") if isinstance(given.get(name), Mapping)), None)

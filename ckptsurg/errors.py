@@ -53,7 +53,9 @@ class CkptsurgError(Exception):
         self.message, self.hint = message, hint
 
     def __str__(self) -> str:
-        return self.message if self.hint is None else f"{self.message} (hint: {self.hint})"
+        if self.hint is None:
+            return self.message
+        return f"{self.message}\nhint: {self.hint}" if "\n" in self.message else f"{self.message} (hint: {self.hint})"
 
 
 class UsageError(CkptsurgError):

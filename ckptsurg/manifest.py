@@ -280,6 +280,9 @@ def manifest_path(output: Path) -> Path:
     return output.with_suffix(".freeze.json") if is_file_output(output) else output / MANIFEST_NAME
 
 
+_OF_SPEC = "of a spec, `ckptsurg rewrite` makes the output with its manifest, `ckptsurg manifest` the manifest alone"
+
+
 def load_manifest(path: str | Path) -> Manifest:
     """Read a manifest and check that it agrees with itself.
 
@@ -302,9 +305,10 @@ def load_manifest(path: str | Path) -> Manifest:
     except UnicodeDecodeError as failure:
         raise ManifestError(label, [Problem("", f"not UTF-8: byte {failure.start:,}")]) from None
     except ValueError as failure:
-        raise ManifestError(label, [Problem("", f"not a manifest: {failure}")]) from None
+        hint = _OF_SPEC if path.suffix in (".yaml", ".yml") else None
+        raise ManifestError(label, [Problem("", f"not a manifest: {failure}")], hint=hint) from None
     if isinstance(text.data, dict) and "frozen_root" not in text.data:
-        raise ManifestError(label, [Problem("", "not a manifest of ckptsurg: it has no frozen_root")])
+        raise ManifestError(label, [Problem("", "not a manifest of ckptsurg: it has no frozen_root")], hint=_OF_SPEC)
     manifest = Manifest.from_text(text)
     problems = list(_contradictions(manifest))
     if problems:

@@ -21,8 +21,15 @@ _WRAPPERS = frozenset(
 
 
 def unwrapped(name: str) -> str:
-    """A name without what DDP, torch.compile, FSDP, activation checkpointing and PEFT add to it."""
+    """A name without what DDP, torch.compile, FSDP, activation checkpointing and PEFT add to it.
+
+    PEFT trains a copy of a whole module (``modules_to_save.default.``), which stands for the module; what it put aside
+    (``original_module.``) keeps its name, and so stands for nothing.
+    """
     segments = [segment for segment in name.split(".") if segment not in _WRAPPERS]
+    if "modules_to_save" in segments[:-2]:
+        place = segments.index("modules_to_save")
+        del segments[place : place + 2]
     if segments[:2] == ["base_model", "model"]:
         segments = segments[2:]
     return ".".join(segments)

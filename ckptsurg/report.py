@@ -110,6 +110,9 @@ class Report(Document):
         drifted = enumerate_names(difference.name for difference in self.drifted)
         return f"Report(ok={self.ok}, verified={self.verified}, drifted=[{drifted}])"
 
+    def __str__(self) -> str:
+        return f"{counted(self.verified, 'frozen tensor')} verified" if self.ok else self.summary()
+
     def raise_if_changed(self, when: str = "") -> None:
         """Raise FrozenWeightsChanged, naming every tensor, if the report is not ``ok``.
 

@@ -196,7 +196,8 @@ def _explain_alternative(
     message = f"{what} matches nothing"
     if re.fullmatch(r"-?[0-9]*:-?[0-9]*(?::-?[0-9]*)?", alternative):
         return f'{message}; a slice keeps its brackets in quotes, type: "[{alternative}]"'
-    if _TIED_HEADS.search(alternative) and (embeddings := _first(space.names, _EMBEDDINGS)):
+    has_head = any(_TIED_HEADS.search(name) for name in space.tensors)
+    if not has_head and _TIED_HEADS.search(alternative) and (embeddings := _first(space.names, _EMBEDDINGS)):
         return (
             f"{message}: the checkpoint has no such tensor; where a model ties its head to its embeddings, "
             f"{shown(embeddings)} stands for both"

@@ -24,6 +24,8 @@ class Evidence:
         traits: How each tensor changed, where a baseline shows it.
         twins: Frozen tensors that were equal to a trainable one before, and are so after.
         recognised: Whether any tensor of the manifest is there.
+        uniform: Frozen vectors that held, and are one value all over: an average of it may well be that value.
+        standing: Counters of norm layers that have counted, and not gone on: no forward pass moved their statistics.
     """
 
     names: Collection[str]
@@ -34,6 +36,8 @@ class Evidence:
     traits: Mapping[str, Traits] = field(default_factory=dict)
     twins: Collection[str] = ()
     recognised: bool = True
+    uniform: Collection[str] = ()
+    standing: Collection[str] = ()
 
 
 def with_causes(drifted: Sequence[Difference], evidence: Evidence) -> list[Difference]:
@@ -75,7 +79,12 @@ class _Settling:
                     return "dtype_only"
                 if difference.verdict == "dtype":
                     return None
-                return (evidence.witnessed or {}).get(name) or self._why_changed(name, traits)
+                cause = (evidence.witnessed or {}).get(name) or self._why_changed(name, traits)
+                if cause == "batchnorm_stats" and self._did_not_count(name):
+                    return None
+                if cause == "embedding_max_norm" and traits is not None and traits.rose:
+                    return None
+                return cause
         return None
 
     def _why_missing(self, name: str) -> str | None:
@@ -89,14 +98,12 @@ class _Settling:
         if name in self._evidence.twins:
             return "tied"
         if (buffer := self._buffers.get(name)) is not None:
-            return None if buffer == "batchnorm_stats" and self._was_reset(name) else buffer
+            return buffer
         if traits is None:
             return None
         if self._counted_on(name):
             return "batchnorm_stats"
-        others = self._evidence.traits.values()
-        # Equal values shrink by one ratio whatever moves them, so others have to bear witness.
-        if traits.shrank_by_one_ratio or any(o.shrank_by_one_ratio and traits.shrank_like(o) for o in others):
+        if self._decayed(traits):
             return "weight_decay"
         if self._averaged():
             return "ema_rounding"
@@ -111,9 +118,18 @@ class _Settling:
         counter = self._counter(name)
         return counter is not None and counter.grew and all(one.is_akin for one in self._traits(lambda rank: rank >= 2))
 
-    def _was_reset(self, name: str) -> bool:
+    def _did_not_count(self, name: str) -> bool:
+        """Whether the counter stood still, or went back: it was reset, or something else was loaded."""
         counter = self._counter(name)
-        return counter is not None and not counter.grew
+        return _counter(name) in self._evidence.standing or (counter is not None and not counter.grew)
+
+    def _decayed(self, traits: Traits) -> bool:
+        """Whether a tensor shrank by one ratio, and by no other one than the rest."""
+        alike = [one for one in self._evidence.traits.values() if one.shrank_by_one_ratio]
+        if not alike or not all(one.shrank_as_much(alike[0]) for one in alike):
+            return False
+        # Equal values shrink by one ratio whatever moves them, so others have to bear witness.
+        return traits.shrank_by_one_ratio or any(traits.shrank_like(one) for one in alike)
 
     def _averaged(self) -> bool:
         """Whether everything moved as in a moving average of values that stand still."""
@@ -122,7 +138,10 @@ class _Settling:
             return False
         shrank, rose = any(one.shrank for one in traits), any(one.rose for one in traits)
         one_way = not (shrank and rose) or all(one.ulps <= 4 for one in traits)
-        return one_way and sum(one.changed for one in traits) >= 16 and not self._some_held(lambda rank: rank >= 2)
+        everywhere = not self._some_held(lambda rank: rank >= 2) and (
+            self._traits(lambda rank: rank == 1) or not self._some_held(lambda rank: rank == 1, telling=True)
+        )
+        return one_way and bool(everywhere) and sum(one.changed for one in traits) >= 16  # fewer share a way by chance
 
     def _merged(self) -> bool:
         """Whether some matrices, and nothing but matrices, moved as rounding makes them that adds and takes away."""
@@ -130,7 +149,7 @@ class _Settling:
         return (
             len(traits) > 1
             and all(one.is_rounding_of_sums for one in traits)
-            and sum(one.changed for one in traits) >= 8
+            and any(one.coarse for one in traits)
             and not self._traits(lambda rank: rank == 1)
             and self._some_held(lambda rank: rank == 1)
             and self._some_held(lambda rank: rank >= 2)
@@ -142,8 +161,9 @@ class _Settling:
         names = [name for name in self._moved if name in ranks and law(ranks[name])]
         return [known[name] for name in names] if all(name in known for name in names) else []
 
-    def _some_held(self, law: Callable[[int], bool]) -> bool:
-        gone = {*self._moved, *self._missing}
+    def _some_held(self, law: Callable[[int], bool], *, telling: bool = False) -> bool:
+        """Whether a tensor of some ranks held; ``telling``: one that is not one value all over, as a new norm is."""
+        gone = {*self._moved, *self._missing, *(self._evidence.uniform if telling else ())}
         return any(law(rank) and name not in gone for name, rank in self._evidence.ranks.items())
 
 
@@ -156,7 +176,7 @@ def _counter(name: str) -> str:
 _STATISTICS = frozenset(("running_mean", "running_var", "num_batches_tracked"))
 _OBSERVED = frozenset(
     (
-        *("min_val", "max_val", "min_vals", "max_vals", "histogram", "scale", "zero_point", "amax_history"),
+        *("min_val", "max_val", "min_vals", "max_vals", "histogram", "scale", "zero_point"),
         *("fake_quant_enabled", "observer_enabled"),
     )
 )
@@ -181,6 +201,8 @@ def moving_buffer(name: str, names: Collection[str]) -> str | None:
         return "spectral_norm"
     if leaf in _OBSERVED and any(f"{start}{sibling}" in names for sibling in ("min_val", "fake_quant_enabled")):
         return "observer"
+    if "amax" in leaf and "history" in leaf:
+        return "observer"
     return "router_bias" if leaf in _ROUTER_BIASES else None
 
 
@@ -192,10 +214,7 @@ def reparametrised_as(name: str, given: Collection[str]) -> str | None:
     """
     module, separator, leaf = name.rpartition(".")
     start = module + separator
-    candidates = (
-        f"parametrizations.{leaf}.original",
-        f"parametrizations.{leaf}.original0",
-        f"{leaf}_orig",
-        f"{leaf}_v",
-    )
+    candidates = [f"parametrizations.{leaf}.original", f"parametrizations.{leaf}.original0", f"{leaf}_orig"]
+    if f"{start}{leaf}_g" in given:
+        candidates.append(f"{leaf}_v")
     return next((start + candidate for candidate in candidates if start + candidate in given), None)

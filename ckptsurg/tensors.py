@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -114,8 +115,13 @@ class _Hash(Protocol):
     def hexdigest(self) -> str: ...
 
 
+_THREADS = [blake3.AUTO]
+# The threads of a process do not survive its fork, and whoever waits for them waits for good.
+os.register_at_fork(after_in_child=lambda: _THREADS.__setitem__(0, 1))
+
+
 def _blake3() -> _Hash:
-    return blake3(max_threads=blake3.AUTO)
+    return blake3(max_threads=_THREADS[0])
 
 
 #: Digest algorithms by name; both have 32 bytes of output.

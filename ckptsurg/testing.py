@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from . import api
 from .causes import explained
-from .coercing import ManifestLike, TensorsLike
-from .errors import CkptsurgError, FrozenWeightsChanged
+from .coercing import ManifestLike, TensorsLike, is_model
+from .errors import CkptsurgError, FrozenWeightsChanged, UsageError
 from .renaming import Renaming
 from .report import Detail, Difference, Report
 from .wording import counted, enumerate_names, shown
@@ -36,9 +36,27 @@ def assert_bit_identical(a: TensorsLike, b: TensorsLike) -> None:
     """
     __tracebackhide__ = True
     with _ending_here():
+        _refuse_same_memory(a, b)
         report = api.diff(a, b)
     if not report.ok:
         raise AssertionError(f"{counted(len(report.tensors))} not bit-identical:\n{_table(report.tensors)}")
+
+
+def _refuse_same_memory(a: TensorsLike, b: TensorsLike) -> None:
+    """A state dict is a view of its model: it changes with it, so that comparing the two shows nothing."""
+    one, other = _addresses(a), _addresses(b)
+    if shared := [name for name, address in one.items() if address and address == other.get(name)]:
+        raise UsageError(
+            f"both sides are the same memory, such as {shown(shared[0])}",
+            hint="keep a copy before training: {name: tensor.clone() for name, tensor in model.state_dict().items()}",
+        )
+
+
+def _addresses(given: Any) -> dict[str, int]:
+    state = given.state_dict() if is_model(given) else given
+    if not isinstance(state, Mapping):
+        return {}
+    return {name: tensor.data_ptr() for name, tensor in state.items() if hasattr(tensor, "data_ptr")}
 
 
 class frozen_weights:  # noqa: N801 - it reads as a function, and is used as one
@@ -68,6 +86,7 @@ class frozen_weights:  # noqa: N801 - it reads as a function, and is used as one
         expect_trained: bool = False,
     ) -> None:
         __tracebackhide__ = True
+        self.entered = False
         with _ending_here():
             self._watch = api.watch(model, freeze, manifest=manifest, names=names, expect_trained=expect_trained)
 
@@ -80,6 +99,7 @@ class frozen_weights:  # noqa: N801 - it reads as a function, and is used as one
         __tracebackhide__ = True
         with _ending_here():
             self._watch.__enter__()
+        self.entered = True
         return self
 
     def __exit__(

@@ -47,6 +47,8 @@ class Traits:
         ulps: Largest change, in units in the last place of the old value.
         relative: Largest change, in sizes of the old value.
         largest: Largest change.
+        coarse: Elements that moved by more than eight units in the last place of the old value.
+        on_grid: Whether the new value of each of these is a multiple of its change, to a power of two.
         scale: Largest size, old or new.
         products: Sums of old x new, old x old and new x new.
         casts: Narrower dtypes such that every value is what a cast to them and back makes of the old one.
@@ -67,6 +69,8 @@ class Traits:
     ulps: float = 0
     relative: float = 0
     largest: float = 0
+    coarse: int = 0
+    on_grid: bool = True
     scale: float = 0
     products: tuple[float, float, float] = (0, 0, 0)
     casts: tuple[str, ...] = ()
@@ -130,6 +134,10 @@ class Traits:
         self.rose += int((outwards > 0).sum())
         place = np.spacing(np.abs(was)) * (self.epsilon / np.finfo(np.float64).eps)
         self.ulps = max(self.ulps, float((distance / place).max()))
+        coarse = np.isfinite(distance) & (distance > 8 * place)
+        grid = np.exp2(np.floor(np.log2(distance[coarse])))
+        self.coarse += int(coarse.sum())
+        self.on_grid = self.on_grid and bool(np.all(np.remainder(now[coarse], grid) == 0))
         self.relative = max(self.relative, float((distance / np.maximum(np.abs(was), self.smallest)).max()))
         self.largest = max(self.largest, float(distance.max()))
         self.scale = max(self.scale, float(np.abs(was).max()), float(np.abs(now).max()))
@@ -147,20 +155,27 @@ class Traits:
 
         Rounding at every step takes up to three times as much from one value as from another. A step of one size for
         all, as Adam takes, takes far more from small values than from large ones; from equal ones it takes the same.
+        Nothing decays by half in a run that is worth its name, nor by a tenth in one step, which rounds only once.
         """
-        least, most = self.sizes
-        return self.rated >= 8 and most >= 4 * least and self._spread <= 3 and self.zeros_held
+        (least, most), (low, high) = self.sizes, self.ratios
+        at_once = high < 0.9 and high - low <= 2 * self.epsilon * high
+        return self.rated >= 8 and most >= 4 * least and self.zeros_held and low > 0.5 and not at_once and self._is_even
 
     def shrank_like(self, other: Traits) -> bool:
         """Whether all elements shrank by a ratio that elements of another tensor shrank by."""
         (low, high), (least, most) = self.ratios, other.ratios
         within = least - self.epsilon <= low and high <= most + self.epsilon
-        return bool(self.rated) and self._spread <= 3 and self.zeros_held and within
+        return bool(self.rated) and self._is_even and self.zeros_held and within
+
+    def shrank_as_much(self, other: Traits) -> bool:
+        """Whether what it lost is within three times of what another tensor lost."""
+        lost, others = (1 - self.ratios[0], 1 - self.ratios[1]), (1 - other.ratios[0], 1 - other.ratios[1])
+        return max(lost[0], others[0]) <= 3 * min(lost[1], others[1])
 
     @property
-    def _spread(self) -> float:
+    def _is_even(self) -> bool:
         low, high = self.ratios
-        return (1 - low) / (1 - high) if 0 < low <= high < 1 else np.inf
+        return 0 < low <= high < 1 and 1 - low <= 3 * (1 - high)
 
     @property
     def is_akin(self) -> bool:
@@ -172,22 +187,23 @@ class Traits:
     def is_rounding_of_sums(self) -> bool:
         """Whether the change is what rounding leaves of adding something of the tensor's size and taking it away.
 
-        No value loses more than the last place of the largest then, and most lose nothing.
+        No value loses more than the last place of the largest then, and most lose nothing; a small value that loses
+        many of its own places is left on the grid of the sum.
         """
         scattered = self.changed < 0.7 * self.elements
-        return bool(self.epsilon) and scattered and self.largest <= 2 * self.epsilon * self.scale
+        return bool(self.epsilon) and scattered and self.largest <= 2 * self.epsilon * self.scale and self.on_grid
 
     @property
     def is_rounding_of_products(self) -> bool:
         """Whether the change is what rounding leaves of the sum of two shares of each value.
 
-        It is small beside every value, and a share that rounds one way does so at every step, so all move away from
-        zero or all towards it. A decay by less than one unit in the last place does that too, to large mantissas alone.
+        Some values move, by little, and all away from zero or all towards it, since a share that rounds one way does so
+        at every step. A factor of nearly one moves some values too: those with large mantissas alone.
         """
         one_way = self.ulps <= 4 or not (self.shrank and self.rose)
+        small = self.relative <= min(1e3 * self.epsilon, 0.25) and self.changed < 0.7 * self.elements
         held, moved = self.mantissas
-        decayed = self.shrank and moved > held
-        return bool(self.epsilon) and self.relative <= 1e3 * self.epsilon and one_way and not decayed
+        return bool(self.epsilon) and small and one_way and moved <= held
 
 
 def _is_cast(old: NDArray[Any], new: NDArray[Any], narrow: str) -> bool:

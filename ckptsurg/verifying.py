@@ -12,7 +12,7 @@ from .metering import Meter, Progress
 from .renaming import Renaming, align, common_prefix, renamed, unwrapped
 from .report import Difference, DiffReport, Report
 from .settling import Evidence, with_causes
-from .tensors import Buffer, TensorInfo, TensorSource, algorithm_of, digest_of
+from .tensors import DTYPE_BITS, Buffer, TensorInfo, TensorSource, algorithm_of, digest_of
 from .traits import FLOATS, Traits
 from .wording import shown
 
@@ -91,6 +91,8 @@ def verify(
         if difference is not None:
             drifted.append(difference)
     drifted = _without_absent_twins(manifest, drifted)
+    bad = {difference.name for difference in drifted}
+    vectors = {name: r for name, r in frozen.items() if len(r.shape) == 1 and r.dtype in FLOATS and name not in bad}
     evidence = Evidence(
         names=manifest.tensors.keys(),
         given={unwrapped(name) for name in (*given, *also_given)} if drifted else (),
@@ -100,6 +102,8 @@ def verify(
         traits=traits,
         twins=_moving_twins(manifest, drifted, trained, partners),
         recognised=bool(partners),
+        uniform={name for name in vectors if traits and _is_uniform(trained, partners[name])},
+        standing=_standing_counters(frozen, bad),
     )
     drifted = with_causes(drifted, evidence)
     if not any(name in partners for name in frozen):
@@ -121,6 +125,24 @@ def verify(
         untrained=untrained,
         note=note,
     )
+
+
+def _is_uniform(source: TensorSource, name: str) -> bool:
+    """Whether all elements of a tensor have the same bits."""
+    raw = b"".join(bytes(chunk) for chunk in source.read(name))
+    element = DTYPE_BITS[source.tensors[name].dtype] // 8
+    return raw == raw[:element] * (len(raw) // element)
+
+
+def _standing_counters(frozen: Mapping[str, TensorRecord], bad: Collection[str]) -> set[str]:
+    """Counters of batches that are not zero, and are what they were. Those of InstanceNorm are always zero."""
+    return {
+        name
+        for name, record in frozen.items()
+        if name.endswith("num_batches_tracked")
+        and name not in bad
+        and record.digest != digest_of([bytes(record.info.nbytes)], algorithm_of(record.digest))
+    }
 
 
 def _check(name: str, record: TensorRecord, trained: TensorSource, partner: str, meter: Meter) -> Difference | None:
@@ -247,7 +269,11 @@ def _without_absent_twins(manifest: Manifest, drifted: list[Difference]) -> list
     bad = {difference.name for difference in drifted}
     missing = {difference.name for difference in drifted if difference.verdict == "missing"}
     excused = {
-        name for group in manifest.tied for name in group if name in missing and any(twin not in bad for twin in group)
+        name
+        for group in manifest.tied
+        if not missing.isdisjoint(group) and not bad.issuperset(group)
+        for name in group
+        if name in missing
     }
     return [difference for difference in drifted if difference.name not in excused]
 
@@ -256,9 +282,10 @@ def _with_prefix_hint(
     manifest: Manifest, drifted: list[Difference], given: Mapping[str, TensorInfo]
 ) -> list[Difference]:
     """Where all are missing but stand under one prefix, say so; of tied tensors one is enough."""
-    twins = {name: set(group) for group in manifest.tied for name in group}
     missing = {difference.name for difference in drifted}
-    wanted = [{name, *twins.get(name, ())} & missing for name in missing]
+    groups = [missing.intersection(group) for group in manifest.tied]
+    tied = {name for group in groups for name in group}
+    wanted = [group for group in groups if group] + [{name} for name in missing if name not in tied]
     prefix = common_prefix(wanted, given)
     if prefix is None:
         return drifted
@@ -273,6 +300,10 @@ def diff(a: TensorSource, b: TensorSource, *, progress: Progress | None = None) 
         CheckpointError: if one of them changes meanwhile.
         SystemFailure: if one of them cannot be read.
     """
+    for source in (a, b):
+        if odd := next((name for name, info in source.tensors.items() if info.dtype not in DTYPE_BITS), None):
+            dtype = source.tensors[odd].dtype
+            raise UsageError(f'{source.label}: "{shown(odd)}" is {dtype}, which safetensors does not have')
     meter = Meter(sum(info.nbytes for name, info in a.tensors.items() if b.tensors.get(name) == info), progress)
     differences: list[Difference] = []
     traits: dict[str, Traits] = {}

@@ -88,6 +88,16 @@ def test_the_block_for_plain_pytorch_runs(place):
     exec(_block("python", "frozen.guard(optimizer):  # raises"), {"model": resnet18(10), "train": _few_steps})
 
 
+def test_the_blocks_for_a_live_model_run(published):
+    scope = {"model": published, "ckptsurg": ckptsurg, "torch": torch}
+    exec(_block("python", "phase1.freeze.json"), scope)
+    assert ckptsurg.load_manifest("phase1.freeze.json") == scope["manifest"]
+    exec(_block("python", "what the first phase has left"), scope)
+    _few_steps(published, scope["optimizer"])
+    report = scope["frozen"].verify(expect_trained=True)
+    assert report.ok and len(scope["manifest"].frozen) < 122
+
+
 def test_the_block_for_an_archive_runs(published):
     state = {f"model.{name}": tensor for name, tensor in published.state_dict().items()}
     torch.save({"epoch": 3, "state_dict": state}, "last.ckpt")

@@ -14,7 +14,7 @@ from ..causes import explained
 from ..wording import counted, enumerate_names, shown
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console
 
     from ..inspection import Inspection
     from ..manifest import Manifest
@@ -128,26 +128,32 @@ def show_plan(spec: Spec, plan: Plan) -> None:
     groups: dict[tuple[str, bool, str | None, bool], list[PlannedTensor]] = defaultdict(list)
     for tensor in plan.tensors:
         groups[tensor.action, tensor.frozen, tensor.rule, tensor.rows is not None].append(tensor)
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in ("fate", "rule", "pattern"):
-        table.add_column(heading, no_wrap=heading != "pattern")
-    table.add_column("tensors", justify="right")
-    table.add_column("elements", justify="right")
-    table.add_column("size", justify="right")
-    table.add_column("for example", overflow="ellipsis", no_wrap=True)
     order = list(_FATES)
+    rows = []
     for (action, frozen, rule, in_part), tensors in sorted(groups.items(), key=lambda item: order.index(item[0][:2])):
         fate, style = ("frozen in part", "cyan") if in_part else _FATES[action, frozen]
-        table.add_row(
-            Text(fate, style=style),
-            rule or "",
-            shown(spec.pattern_at(rule), 40) if rule else "",
-            f"{len(tensors):,}",
-            elements(sum(tensor.info.elements for tensor in tensors)),
-            size(sum(tensor.info.nbytes for tensor in tensors)),
-            shown(max(tensors, key=lambda tensor: tensor.info.nbytes).name, 60),
+        rows.append(
+            (
+                Text(fate, style=style),
+                rule or "",
+                shown(spec.pattern_at(rule), 40) if rule else "",
+                f"{len(tensors):,}",
+                elements(sum(tensor.info.elements for tensor in tensors)),
+                size(sum(tensor.info.nbytes for tensor in tensors)),
+                shown(max(tensors, key=lambda tensor: tensor.info.nbytes).name, 60),
+            )
         )
     console = _console()
+    headings = ("fate", "rule", "pattern", "tensors", "elements", "size", "for example")
+    for columns in (headings, headings[:-1]):  # where there is little room, counts come before examples
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        for heading in columns:
+            numbers = heading in ("tensors", "elements", "size")
+            table.add_column(heading, justify="right" if numbers else "left", no_wrap=heading != "pattern")
+        for row in rows:
+            table.add_row(*row[: len(columns)])
+        if console.measure(table).maximum <= console.width:
+            break
     console.print(table)
     drawn = [tensor for tensor in plan.output if tensor.init is not None]
     if drawn:
@@ -171,10 +177,10 @@ def show_plan(spec: Spec, plan: Plan) -> None:
         console.print(f"config.json  {shown(path)} goes", soft_wrap=True)
     output = plan.output
     console.print()
-    console.print(
-        f"output: {counted(len(output))}, {size(sum(tensor.info.nbytes for tensor in output))}; "
-        f"{plan.counts['frozen']:,} frozen, {plan.counts['trainable']:,} trainable"
-    )
+    partly = sum(tensor.rows is not None for tensor in output)
+    said = f"{plan.counts['frozen'] - partly:,} frozen" + (f", {partly:,} in part" if partly else "")
+    total = size(sum(tensor.info.nbytes for tensor in output))
+    console.print(f"output: {counted(len(output))}, {total}; {said}, {plan.counts['trainable']:,} trainable")
     for note in plan.notes:
         console.print(Text("note: ", style="yellow").append(note, style="default"), soft_wrap=True)
 
@@ -223,14 +229,16 @@ def show_report(report: Report, *, exact: bool = False) -> None:
     failed = [difference for difference in report.drifted if difference.verdict != "dtype_only" or not report.ok]
     nothing_there = not report.verified and all(difference.verdict == "missing" for difference in failed)
     if report.drifted and not nothing_there:
-        console.print(_differences(report.drifted))
+        _show_differences(console, report.drifted)
     for code in sorted({difference.cause for difference in failed if difference.cause}):
-        console.print(explained(code), soft_wrap=True)
+        console.print(explained(code), soft_wrap=not console.is_terminal)
     hints = {difference.hint for difference in failed if difference.hint}
     if any(difference.verdict == "changed" and difference.detail is None for difference in failed):
         hints.add("--baseline CKPT, the published output, shows where tensors differ and by how much")
+    elif any(difference.verdict == "changed" and difference.cause is None for difference in failed):
+        hints.add("files alone do not settle why; ckptsurg.watch(model, manifest=...) around the training sees more")
     for hint in sorted(hints):
-        console.print(f"hint: {hint}", soft_wrap=True)
+        console.print(f"hint: {hint}", soft_wrap=not console.is_terminal)
     listed = (
         (report.extra, "not in the manifest", exact),
         (report.missing_trainable, "trainable, and missing", exact),
@@ -277,22 +285,30 @@ def show_diff(report: DiffReport) -> None:
     console.print(
         Text(f"{counted(len(report.tensors))} {'differs' if len(report.tensors) == 1 else 'differ'}", style="bold red")
     )
-    console.print(_differences(report.tensors))
+    _show_differences(console, report.tensors)
 
 
-def _differences(differences: Sequence[Difference]) -> RenderableType:
+def _show_differences(console: Console, differences: Sequence[Difference]) -> None:
+    """A table; where it would not fit, a tensor's name and below it what there is to say."""
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     caused = any(difference.cause for difference in differences)
-    table.add_column("tensor", no_wrap=True, overflow="fold")
-    table.add_column("verdict", no_wrap=True)
-    if caused:
-        table.add_column("cause", no_wrap=True)
-    table.add_column("detail")
-    for difference in differences[:_ROWS]:
-        cause = [difference.cause or ""] if caused else []
-        table.add_row(shown(difference.name), difference.verdict, *cause, difference.describe_detail())
+    for heading in ("tensor", "verdict", *(["cause"] if caused else []), "detail"):
+        table.add_column(heading, no_wrap=True, overflow="fold")
+    rows = [
+        (shown(one.name), one.verdict, *([one.cause or "unknown"] if caused else []), one.describe_detail())
+        for one in differences[:_ROWS]
+    ]
+    for row in rows:
+        table.add_row(*row)
     if len(differences) > _ROWS:
         table.add_row(f"... and {len(differences) - _ROWS:,} more; --json lists all")
-    return table
+    if console.measure(table).maximum <= console.width:
+        console.print(table)
+        return
+    for name, *rest in rows:
+        console.print(name, soft_wrap=True)
+        console.print(f"  {'  '.join(part for part in rest if part)}", soft_wrap=True)
+    if len(differences) > _ROWS:
+        console.print(f"... and {len(differences) - _ROWS:,} more; --json lists all")

@@ -62,6 +62,9 @@ class AdapterOverBase:
         # Whole modules that were trained (modules_to_save) stand under the base's own names.
         self._own: Mapping[str, str] = {unwrapped(name): name for name in adapter.tensors}
         self.label = shown(folder)
+        if len(self._own) < len(adapter.tensors):
+            twice = next(name for name in adapter.tensors if self._own[unwrapped(name)] != name)
+            raise CheckpointError(f'{self.label}: two tensors of the adapter stand for "{shown(unwrapped(twice))}"')
         self.tensors: Mapping[str, TensorInfo] = {
             **base.tensors,
             **{new: adapter.tensors[name] for new, name in self._own.items()},

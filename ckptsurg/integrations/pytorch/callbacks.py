@@ -8,8 +8,10 @@ from typing import Literal
 
 from torch import nn
 
+from ...errors import UsageError
 from ...manifest import Manifest, load_manifest
 from ...renaming import Renaming
+from ...wording import shown
 from .freezing import FrozenModel, freeze
 from .guard import checked_every
 
@@ -49,6 +51,8 @@ class ManifestCallback:
             UsageError: if there is none, or ``every`` is no number of steps.
         """
         super().__init__()
+        if not isinstance(manifest, Manifest | str | os.PathLike):
+            raise UsageError(f"expected a manifest or its path, found {shown(type(manifest).__name__)}")
         self.manifest = manifest if isinstance(manifest, Manifest) else load_manifest(Path(manifest))
         self.frozen: FrozenModel | None = None
         self._every, self._expect_trained = checked_every(every), expect_trained

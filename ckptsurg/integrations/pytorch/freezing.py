@@ -44,8 +44,9 @@ def freeze(
     """Make a model obey a manifest. Call it before the optimizer is built, and before DDP or FSDP wrap the model.
 
     Frozen parameters get ``requires_grad = False`` and lose their gradient; of one that is frozen in a part, every
-    ``torch.optim.Optimizer`` leaves the frozen rows as they are. Layers that would write to frozen buffers in the forward
-    pass stay in evaluation mode through every later ``model.train()``. Training is only ever turned off, never on.
+    ``torch.optim.Optimizer`` leaves the frozen rows as they are. Layers that would write to frozen buffers in the
+    forward pass stay in evaluation mode through every later ``model.train()``. Training is only ever turned off,
+    never on.
 
     Args:
         model: A model that holds the manifest's weights.
@@ -64,6 +65,13 @@ def freeze(
     """
     if extra not in ("keep", "error"):
         raise UsageError(f'extra: expected "keep" or "error", found {shown(extra)}')
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"expected a model of torch, found {shown(type(model).__name__)}")
+    if isinstance(model, nn.parallel.DistributedDataParallel) and not model.find_unused_parameters:
+        raise FreezeError(
+            "the model is wrapped by DistributedDataParallel already, which waits for gradients that will not come",
+            hint="freeze before wrapping",
+        )
     manifest.require_frozen()
     live = LiveModel(model, manifest.tensors, names)
     with live.whole():
@@ -78,6 +86,11 @@ def freeze(
         if unknown:
             message = f"left as they are, the manifest lacks them: {enumerate_names(unknown)}"
             warnings.warn(message, UserWarning, stacklevel=3)
+        if copies := _frozen_copies(live, manifest):
+            message = (
+                f"{enumerate_names(copies)}: PEFT made a copy to train (modules_to_save), and the manifest freezes it"
+            )
+            warnings.warn(f"{message}; take it away from `freeze` if it is to train", UserWarning, stacklevel=3)
         return FrozenModel(live, manifest, unknown, names=names, allow_widened=allow_widened)
 
 
@@ -93,6 +106,17 @@ def _extra_parameters(live: LiveModel) -> tuple[str, ...]:
     )
 
 
+def _frozen_copies(live: LiveModel, manifest: Manifest) -> list[str]:
+    """Frozen tensors of modules that PEFT has copied to train the copy."""
+    now = live.now()
+    frozen = {id(now[name]): name for name in live.roles(manifest).frozen}
+    return [
+        frozen[id(parameter)]
+        for name, parameter in live.model.named_parameters()
+        if ".modules_to_save." in name and id(parameter) in frozen and parameter.requires_grad
+    ]
+
+
 def _is_spare(name: str) -> bool:
     """Whether it is what PEFT put aside for a copy that trains: nothing is computed with it."""
     return ".original_module." in name
@@ -102,7 +126,7 @@ def _is_spare(name: str) -> bool:
 class _Found:
     """What a tensor was like before the freeze."""
 
-    tensor: weakref.ref[torch.Tensor]
+    identity: int
     requires_grad: bool
     grad: torch.Tensor | None
 
@@ -128,7 +152,7 @@ class FrozenModel:
     ) -> None:
         self.manifest, self.extra = manifest, extra
         self._names, self._allow_widened = names, allow_widened
-        self._live, self._home = live, live.model
+        self._live = live
         self._number = next(_NUMBERS)
         roles, now = live.roles(manifest), live.now()
         # What may fail comes before what changes the model.
@@ -138,11 +162,11 @@ class FrozenModel:
         for name in roles.frozen:
             tensor = now[name]
             if tensor.is_leaf:
-                self._found[name] = _Found(weakref.ref(tensor), tensor.requires_grad, tensor.grad)
+                self._found[name] = _Found(id(tensor), tensor.requires_grad, tensor.grad)
         for name in self._found:
             now[name].requires_grad_(False)
             now[name].grad = None
-        frozen = {id(now[name]) for name in roles.frozen}
+        frozen = {id(now[name]) for name in (*roles.frozen, *roles.rows)}
         kept = {
             path: StaysInEvaluation(module)
             for path, module in live.model.named_modules()
@@ -151,11 +175,14 @@ class FrozenModel:
         self.kept_in_evaluation = tuple(kept)
         self._stand_ins = list(kept.values())
         self._witness = Witness(live, roles)
-        _FREEZES.setdefault(self._home, weakref.WeakSet()).add(self)
+        _FREEZES.add(self)
 
     def __repr__(self) -> str:
         counts = self.manifest.counts
-        parts = [f"{counts['frozen']} frozen", f"{counts['trainable']} trainable"]
+        in_part = sum(record.rows is not None for record in self.manifest.tensors.values())
+        parts = [f"{counts['frozen'] - in_part} frozen", f"{counts['trainable']} trainable"]
+        if in_part:
+            parts.insert(1, f"{in_part} in part")
         if self._stand_ins:
             parts.append(f"{counted(len(self._stand_ins), 'layer')} kept in evaluation mode")
         return f"FrozenModel({type(self.model).__name__}: {', '.join(parts)})"
@@ -281,28 +308,34 @@ class FrozenModel:
 
         What another freeze of the model holds too stays frozen until that one is released.
         """
-        _FREEZES[self._home].discard(self)
-        now = self._live.now()
+        _FREEZES.discard(self)
         for stand_in in reversed(self._stand_ins):
             stand_in.release()
         if self._rows is not None:
             self._rows.release()
+        others = [(other, other._held_names()) for other in _FREEZES]
+        now = self._live.now()
         for name, found in self._found.items():
-            if others := [other for other in _FREEZES[self._home] if name in other._found]:
-                for other in others:
-                    if other._number > self._number:  # it found what this freeze had made of the parameter
-                        other._found[name] = found
-                continue
             tensor = now.get(name)
             if tensor is None or not tensor.is_leaf:
                 continue
+            if holding := [(other, names[id(tensor)]) for other, names in others if id(tensor) in names]:
+                for other, its_name in holding:
+                    if other._number > self._number:  # it found what this freeze had made of the parameter
+                        other._found[its_name] = found
+                continue
             tensor.requires_grad_(found.requires_grad)
-            if tensor is found.tensor() and tensor.grad is None:
+            if id(tensor) == found.identity and tensor.grad is None:
                 tensor.grad = found.grad
         self._stand_ins, self._found, self._rows = [], {}, None
 
+    def _held_names(self) -> dict[int, str]:
+        """What this freeze turned off, by identity."""
+        now = self._live.now()
+        return {id(now[name]): name for name in self._found if name in now}
+
 
 _NUMBERS = itertools.count()
-#: The freezes of each model that were not released. They overlap, and may be released in any order: what another one
-#: still holds stays frozen, and whoever goes last gives back what the first one found.
-_FREEZES: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[FrozenModel]] = weakref.WeakKeyDictionary()
+#: The freezes that were not released. They overlap, and may be released in any order: what another one still holds
+#: stays frozen, and whoever goes last gives back what the first one found.
+_FREEZES: weakref.WeakSet[FrozenModel] = weakref.WeakSet()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -88,6 +89,7 @@ class Guard:
         self.steps = 0
         self.seconds = 0.0
         self._before_these = 0
+        self._asked = False
         self._doubted: str | None = None
         self._handles: list[Removable] = [
             inner.register_step_pre_hook(uncompiled(self._before)),
@@ -120,6 +122,7 @@ class Guard:
         Raises:
             FrozenWeightsChanged: naming tensors and causes.
         """
+        self._asked = True
         with self._timed():
             if self._doubted is not None:
                 self._verify().raise_if_changed(self._doubted)
@@ -203,5 +206,7 @@ class Guard:
     ) -> None:
         self.remove()
         if error is None:
+            if not self._asked:
+                warnings.warn("no step of the guarded optimizer was seen", UserWarning, stacklevel=2)
             with self._timed():
                 self._at_the_end().raise_if_changed()

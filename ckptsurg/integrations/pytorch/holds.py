@@ -73,7 +73,7 @@ def unholdable(module: nn.Module, frozen: set[int]) -> str | None:
         module: The module.
         frozen: Identities of the frozen tensors.
     """
-    if id(module._parameters.get("weight")) in frozen and shrinks_rows(module):
+    if shrinks_rows(module) and id(module._parameters["weight"]) in frozen:
         return f"has rows longer than the max_norm of its embedding ({module.max_norm}), which a lookup would shrink"
     if _observes(module) and any(id(buffer) in frozen for buffer in module.buffers()):
         return "is written by a quantisation observer at every forward pass; turn it off first (disable_observer)"
@@ -82,9 +82,11 @@ def unholdable(module: nn.Module, frozen: set[int]) -> str | None:
 
 def shrinks_rows(module: nn.Module) -> bool:
     """Whether it is an embedding with max_norm, some row of which a lookup would change: torch is asked, on a copy."""
+    if not isinstance(module, nn.Embedding | nn.EmbeddingBag) or module.max_norm is None:
+        return False
     # Not through the attribute: a parametrised one would be computed, which moves what computes it.
     weight = module._parameters.get("weight")
-    if weight is None or not isinstance(module, nn.Embedding | nn.EmbeddingBag) or module.max_norm is None:
+    if weight is None:
         return False
     if unreadable(weight) or as_dtensor(weight) is not None:
         return True

@@ -171,12 +171,13 @@ def _as_used(live: Collection[str], model: nn.Module) -> dict[str, str]:
     """
     copies: dict[str, str] = {}
     bare = ""
-    for path, module in model.named_modules():
+    peft: Any = sys.modules.get("peft")  # whoever has such a model has imported it
+    for path, module in model.named_modules() if peft is not None else ():
         start = f"{path}." if path else ""
-        if isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict):
-            copies |= {f"{start}modules_to_save.{one}.": start for one in getattr(module, "active_adapters", ())}
-        inner = getattr(module, "base_model", None) if hasattr(module, "peft_config") else None
-        if isinstance(inner, nn.Module) and not hasattr(inner, "peft_config"):
+        if isinstance(module, peft.utils.ModulesToSaveWrapper):
+            copies |= {f"{start}modules_to_save.{one}.": start for one in module.active_adapters}
+        # A model with adapters is wrapped twice (base_model.model), one with prompts once.
+        if isinstance(module, peft.PeftModel) and not isinstance(module.base_model, peft.tuners.tuners_utils.BaseTuner):
             bare = f"{start}base_model."
     used: dict[str, str] = {}
     for name in live:

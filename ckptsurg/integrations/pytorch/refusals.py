@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -13,8 +14,8 @@ from ...verifying import verify
 from ...wording import enumerate_names, shown
 from .holds import silenced, unholdable
 from .live import LiveModel
-from .tensors import unreadable
-from .witness import tied_to_trainable
+from .tensors import info_of, unreadable
+from .witness import rows_that_others_train, tied_to_trainable
 
 __all__ = ["refusals"]
 
@@ -36,7 +37,11 @@ def _mismatches(
 ) -> Iterator[str]:
     """Frozen tensors that the model does not hold as the manifest records them."""
     if not live.partners and (prefix := common_prefix([{name} for name in manifest.frozen], now)):
-        yield f'all stand under "{shown(prefix)}" in the model: names=lambda name: name.removeprefix("{shown(prefix)}")'
+        inner = prefix.rstrip(".")
+        yield (
+            f'all stand under "{shown(prefix)}" in the model: freeze model.{shown(inner)} instead (a callback takes '
+            f'module="{shown(inner)}"), or give names=lambda name: name.removeprefix("{shown(prefix)}")'
+        )
         return
     absent = {name for name in manifest.frozen if name not in live.partners}
     for name in manifest.frozen:
@@ -47,15 +52,21 @@ def _mismatches(
         elif reason := next(filter(None, (unreadable(now[one]) for one in live.holding(name).live)), None):
             yield f'"{shown(name)}" {reason}'
             absent.add(name)
+    casts: dict[tuple[str, str, bool], list[str]] = defaultdict(list)
     for difference in verify(manifest, live.source(without=absent), saved=False).drifted:
-        if difference.name in absent or (difference.verdict == "dtype_only" and allow_widened):
+        name, verdict = difference.name, difference.verdict
+        if name in absent or (verdict == "dtype_only" and allow_widened):
             continue
-        if difference.verdict == "changed":
-            yield f'"{shown(difference.name)}" has other bits: not loaded, or from another file'
-        elif difference.verdict == "dtype_only":
-            yield f"{difference.describe()}; `allow_widened=True` accepts it"
+        if verdict == "changed":
+            yield f'"{shown(name)}" has other bits: not loaded, or from another file'
+        elif verdict in ("dtype", "dtype_only"):
+            found = info_of(now[live.holding(name).live[0]]).dtype
+            casts[manifest.tensors[name].dtype, found, verdict == "dtype_only"].append(name)
         else:
             yield difference.describe()
+    for (expected, found, widened), names in casts.items():
+        line = f"{enumerate_names(names)}: expected {expected}, found {found}: load the model in the published dtype"
+        yield f"{line}; the values are the same, and `allow_widened=True` accepts them" if widened else line
 
 
 def _parted(manifest: Manifest, live: LiveModel) -> Iterator[str]:
@@ -79,7 +90,8 @@ def _parted(manifest: Manifest, live: LiveModel) -> Iterator[str]:
 def _entangled(manifest: Manifest, live: LiveModel, now: Mapping[str, torch.Tensor]) -> Iterator[str]:
     """Frozen tensors that share memory with one that trains."""
     roles = live.roles(manifest)
-    for one, other in tied_to_trainable(now, roles.frozen, {*roles.trainable, *roles.rows}):
+    tied = tied_to_trainable(now, roles.frozen, {*roles.trainable, *roles.rows})
+    for one, other in (*tied, *rows_that_others_train(now, roles.rows)):
         yield (
             f'"{shown(one)}" is frozen and shares its storage with "{shown(other)}", which trains: '
             "they are tied; freeze both or neither"

@@ -6,6 +6,7 @@ are set aside before each step of an optimizer, and put back after it, bit by bi
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Mapping
 from functools import partial
@@ -34,8 +35,8 @@ class HeldRows:
 
     def __init__(self, model: nn.Module, rows: Mapping[str, tuple[int, int]]) -> None:
         self._model, self._rows = weakref.ref(model), dict(rows)
-        self._aside: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        self._masks: dict[str, tuple[weakref.ref[torch.Tensor], Any]] = {}
+        self._aside = _Aside()
+        self._masks: dict[str, Any] = {}
         self.mask()
         _watch_optimizers()
         _HELD.setdefault(model, []).append(self)
@@ -59,28 +60,38 @@ class HeldRows:
                     f'"{shown(name)}" is flattened by FullyShardedDataParallel: rows of it cannot be held',
                     hint="shard the model with fully_shard, which keeps rows",
                 )
-            masked = self._masks.get(name)
-            if tensor.requires_grad and tensor.is_leaf and (masked is None or masked[0]() is not tensor):
+            masks = getattr(tensor, "_post_accumulate_grad_hooks", None) or {}
+            if (
+                tensor.requires_grad
+                and tensor.is_leaf
+                and (name not in self._masks or self._masks[name].id not in masks)
+            ):
                 clear = partial(_clear, self._rows[name])
                 hook = tensor.register_post_accumulate_grad_hook(clear)  # type: ignore[no-untyped-call]
-                self._masks[name] = weakref.ref(tensor), hook
+                self._masks[name] = hook
 
     def set_aside(self, stepped: set[int]) -> None:
         """A step begins. One inside of another finds set aside what the other stepped too."""
         self.mask()
         for name, tensor in self._parameters().items():
-            if id(tensor) in stepped and name not in self._aside:
-                self._aside[name] = [(part, part.clone()) for part in _local(tensor.detach(), self._rows[name])]
+            if id(tensor) in stepped and name not in self._aside.bits:
+                self._aside.bits[name] = [part.clone() for part in _local(tensor.detach(), self._rows[name])]
 
     def put_back(self, *, forget: bool) -> None:
+        """A step ends. The parameters are looked up anew: some optimizers put other memory in their place."""
+        if not self._aside.bits:
+            return
+        parameters = self._parameters()
         with torch.no_grad():
-            for part, bits in (pair for pairs in self._aside.values() for pair in pairs):
-                part.copy_(bits)
+            for name, bits in self._aside.bits.items():
+                if name in parameters:
+                    for part, old in zip(_local(parameters[name].detach(), self._rows[name]), bits, strict=True):
+                        part.copy_(old)
         if forget:
-            self._aside = {}
+            self._aside.bits = {}
 
     def release(self) -> None:
-        for _, mask in self._masks.values():
+        for mask in self._masks.values():
             mask.remove()
         self._masks = {}
         model = self._model()
@@ -91,6 +102,13 @@ class HeldRows:
         if not _HELD:
             while _HOOKS:
                 _HOOKS.pop().remove()
+
+
+class _Aside(threading.local):
+    """What the steps of one thread have set aside, by the parameter's name: other threads step other models."""
+
+    def __init__(self) -> None:
+        self.bits: dict[str, list[torch.Tensor]] = {}
 
 
 def _clear(rows: tuple[int, int], parameter: torch.Tensor) -> None:

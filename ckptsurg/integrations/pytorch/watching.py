@@ -16,7 +16,7 @@ from ...renaming import Renaming
 from ...report import Report
 from ...verifying import verify
 from .live import LiveModel
-from .steps import goes_backward, uncompiled
+from .steps import goes_backward, uncompiled, under_way
 from .tensors import TorchTensors, whole_of
 from .witness import Witness
 
@@ -51,6 +51,7 @@ class Watch:
         self._model, self._manifest, self._names, self._expect_trained = model, manifest, names, expect_trained
         self.report: Report | None = None
         self._handles: list[Any] = []
+        self._live: LiveModel | None = None
 
     def __enter__(self) -> Self:
         """Begin.
@@ -82,11 +83,14 @@ class Watch:
         return self
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        self._witness.look(optimizer)
+        if under_way(optimizer) <= 1:  # a step may call the one that it inherits
+            self._witness.look(optimizer)
 
     def _after_step(
         self, optimizer: torch.optim.Optimizer, args: Sequence[object], options: Mapping[str, object]
     ) -> None:
+        if under_way(optimizer) > 1:
+            return
         self._witness.after()
         if goes_backward(args, options):
             self._witness.look(optimizer)
@@ -97,7 +101,7 @@ class Watch:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if error is not None:
+        if error is not None or self._live is None:
             return
         with self._live.whole():
             self.report = verify(

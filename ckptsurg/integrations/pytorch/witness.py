@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
@@ -15,7 +14,7 @@ from .holds import mover, moves_in_training, shrinks_rows
 from .live import LiveModel, Roles
 from .tensors import as_dtensor, unreadable
 
-__all__ = ["Witness", "tied_to_trainable"]
+__all__ = ["Witness", "rows_that_others_train", "tied_to_trainable"]
 
 
 class Witness:
@@ -36,13 +35,14 @@ class Witness:
             roles: What is frozen of it.
             rows_are_held: Whether somebody holds the rows of what is frozen in a part: then it may have a gradient.
         """
-        self._live, self._frozen = live, roles.frozen
+        self._live, self._frozen, self._partly = live, roles.frozen, roles.rows
         self._rows = {} if rows_are_held else roles.rows
         now = live.now()
         self.causes: dict[str, str] = {}
         self._trained = {name for name in roles.frozen if name in now and now[name].requires_grad}
-        self._were = {name: weakref.ref(tensor) for name, tensor in now.items() if isinstance(tensor, nn.Parameter)}
-        self._tied = {one for one, _ in tied_to_trainable(now, roles.frozen, roles.trainable)}
+        self._were: dict[str, tuple[int, ...]] = {}
+        self._note(now)
+        self._tied = dict(tied_to_trainable(now, roles.frozen, roles.trainable))
         self._shrinking = {path for path, module in live.model.named_modules() if shrinks_rows(module)}
         self._training: set[str] = set()
         self._bracketed: dict[str, Fingerprint] = {}
@@ -55,7 +55,7 @@ class Witness:
             What the step is about to do wrong: cause codes by live name.
         """
         now = self._live.now()
-        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        stepped = {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
         about: dict[str, str] = {}
         without_gradient: list[str] = []
         for name in self._frozen:
@@ -73,8 +73,12 @@ class Witness:
         for name, rows in self._rows.items():
             tensor = now.get(name)
             if tensor is not None and id(tensor) in stepped and tensor.grad is not None:
-                about[name] = self._moved_by_step(name, tensor, tensor.grad[rows[0] : rows[1]], optimizer)
+                about[name] = self._moved_by_step(name, tensor, _rows_of(tensor.grad, rows), optimizer)
+        for one, other in self._tied.items():
+            if other in now and id(now[other]) in stepped and now[other].grad is not None:
+                about[one] = "tied"
         about |= dict.fromkeys(self._replaced(now, stepped), "stale_optimizer")
+        self._note(now)
         for name, code in about.items():
             if self.causes.get(name) in (None, "zero_grad_not_none", "weight_decay"):
                 self.causes[name] = code
@@ -112,18 +116,27 @@ class Witness:
         group = next(group for group in optimizer.param_groups if any(one is tensor for one in group["params"]))
         return "weight_decay" if group.get("weight_decay") else "zero_grad_not_none"
 
-    def _replaced(self, now: Mapping[str, torch.Tensor], stepped: Collection[int]) -> Iterable[str]:
+    def _replaced(self, now: Mapping[str, torch.Tensor], stepped: Mapping[int, torch.Tensor]) -> Iterable[str]:
         """Parameters that the optimizer steps although the model has others in their place by now."""
-        for name, reference in self._were.items():
-            was = reference()
-            if was is None or id(was) not in stepped or name not in now or id(now[name]) in stepped:
-                continue
-            if not any(tensor is was for tensor in now.values()):
+        there = {id(tensor) for tensor in now.values()}
+        strangers = {_identity(one) for one in stepped.values() if id(one) not in there}
+        for name, was in self._were.items():
+            if was in strangers and name in now and id(now[name]) not in stepped:
                 yield name
+
+    def _note(self, now: Mapping[str, torch.Tensor]) -> None:
+        """Note which parameters the model has; one that is replaced stays noted.
+
+        Not by weak references, which forbid torch to swap a parameter for its converted self.
+        """
+        for name, tensor in now.items():
+            known = self._were.get(name)
+            if isinstance(tensor, nn.Parameter) and (known is None or known[0] == id(tensor)):
+                self._were[name] = _identity(tensor)
 
     def _moving_buffers(self, now: Mapping[str, torch.Tensor]) -> dict[str, str]:
         """Frozen buffers that the forward pass writes to, since their layer is in training mode: causes by name."""
-        frozen = {id(now[name]): name for name in self._frozen if name in now}
+        frozen = {id(now[name]): name for name in (*self._frozen, *self._partly) if name in now}
         return {
             frozen[id(buffer)]: cause
             for module in self._live.model.modules()
@@ -140,8 +153,10 @@ class Witness:
         """What is known of every frozen tensor, were it to have moved, by the checkpoint's names."""
         self._look_at_modes()
         found = self._by_owner() | self.causes
-        for name in self._tied:
-            found.setdefault(name, "tied")
+        now = self._live.now()
+        for name in self._frozen:
+            if name not in self._trained and name in now and now[name].is_leaf and now[name].requires_grad:
+                found.setdefault(name, "reenabled")
         saved: dict[str, str] = {}
         for name in self._live.partners:
             if code := next((found[one] for one in self._live.holding(name).live if one in found), None):
@@ -168,8 +183,8 @@ class Witness:
             code = mover(module)
             if code is not None and (path in self._training or moves_in_training(module) is None):
                 found[name] = code
-            elif moving_buffer(name, now.keys()) == "router_bias":
-                found[name] = "router_bias"
+            elif (by_name := moving_buffer(name, now.keys())) in ("router_bias", "observer"):
+                found[name] = by_name
         return found
 
 
@@ -194,11 +209,48 @@ def tied_to_trainable(
             in_storage[_storage(tensor)].append(name)
     held, moving = set(frozen), set(trainable)
     for sharing in in_storage.values():
-        for one in (name for name in sharing if name in held):
-            for other in (name for name in sharing if name not in held):
-                trains = other in moving or (now[other] is not now[one] and now[other].requires_grad)
-                if trains and _overlap(now[one], now[other]):
-                    yield one, other
+        if len(sharing) == 1 or held.isdisjoint(sharing):
+            continue
+        open_spans: list[tuple[int, str]] = []
+        for (start, end), name in sorted((_span(now[name]), name) for name in sharing):
+            open_spans = [(last, other) for last, other in open_spans if last > start]
+            for _, other in open_spans:
+                if (name in held) == (other in held):
+                    continue
+                one, free = (name, other) if name in held else (other, name)
+                if free in moving or (now[free] is not now[one] and now[free].requires_grad):
+                    yield one, free
+            open_spans.append((end, name))
+
+
+def rows_that_others_train(
+    now: Mapping[str, torch.Tensor], rows: Mapping[str, tuple[int, int]]
+) -> Iterator[tuple[str, str]]:
+    """Tensors whose frozen rows share memory with another parameter that trains, each with that one."""
+    for name, span in rows.items():
+        if name not in now or unreadable(now[name]) or not now[name].dim() or as_dtensor(now[name]) is not None:
+            continue
+        part = now[name].detach()[slice(*span)]
+        for other, tensor in now.items():
+            if tensor is now[name] or not tensor.requires_grad or unreadable(tensor) or not tensor.numel():
+                continue
+            if _storage(tensor) == _storage(part) and _overlap(part, tensor):
+                yield name, other
+
+
+def _identity(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Tells a parameter from others, and from one that got its place in memory later."""
+    local = tensor.detach() if as_dtensor(tensor) is None else as_dtensor(tensor).to_local().detach()
+    return id(tensor), 0 if unreadable(local) else local.data_ptr(), *tensor.shape
+
+
+def _rows_of(gradient: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor:
+    """What a gradient has for some rows; a sparse one lists the rows that it has."""
+    if not gradient.is_sparse:
+        return gradient[rows[0] : rows[1]]
+    listed = gradient.coalesce()
+    index = listed.indices()[0]
+    return listed.values()[(index >= rows[0]) & (index < rows[1])]
 
 
 def _storage(tensor: torch.Tensor) -> int:
