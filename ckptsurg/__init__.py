@@ -7,6 +7,7 @@ Data flows one way; each module knows only those further down in its line or bel
     api, coercing                the public functions; paths or objects taken alike
     formats, integrations        how files, and how live models, become named tensors
     rewriting, verifying         carry a plan out; prove that frozen tensors have their bits
+      settling, causes, traits       why a tensor moved, where the evidence settles it
       layout, copying, publishing    where bytes go, how they are moved, how they become visible
       initializers, random_bits      named values, the same for good
       comparing, renaming            two versions of a tensor; two names of one

@@ -50,10 +50,12 @@ def frozen_weights(request: pytest.FixtureRequest) -> Iterator[Callable[..., Abs
     """
     from .testing import frozen_weights
 
-    made: list[frozen_weights] = []
+    calls, made = 0, []
 
     def watched(model: Any, freeze: Any = None, **options: Any) -> AbstractContextManager[Any]:
         __tracebackhide__ = True
+        nonlocal calls
+        calls += 1
         options = {name: value for name, value in options.items() if value is not None}
         if freeze is None and "manifest" not in options:
             if (marker := request.node.get_closest_marker("frozen_weights")) is not None:
@@ -73,7 +75,7 @@ def frozen_weights(request: pytest.FixtureRequest) -> Iterator[Callable[..., Abs
         return made[-1]
 
     yield watched
-    if not made and request.node.get_closest_marker("frozen_weights") is not None:
+    if not calls and request.node.get_closest_marker("frozen_weights") is not None:
         pytest.fail("the fixture frozen_weights was not used: nothing was checked", pytrace=False)
     if any(not one.entered for one in made):
         pytest.fail("frozen_weights(...) was not entered: write `with frozen_weights(...):`", pytrace=False)

@@ -20,7 +20,7 @@ from .wording import counted, enumerate_names, shown
 __all__ = ["Selection", "Space", "module_and_leaf", "select"]
 
 #: Output heads that share their tensor with the input embeddings in many models, and what the latter are called.
-_TIED_HEADS = re.compile(r"(?:^|[./])(?:lm_head|embed_out|output_projection|decoder|proj_out)(?:[./]|$)")
+_TIED_HEADS = re.compile(r"(?:^|[./])(lm_head|embed_out|output_projection|decoder|proj_out)(?=[./]|$)")
 _EMBEDDINGS = "**.{embed_tokens,wte,word_embeddings,embed_in,shared,tok_embeddings}"
 
 
@@ -196,8 +196,9 @@ def _explain_alternative(
     message = f"{what} matches nothing"
     if re.fullmatch(r"-?[0-9]*:-?[0-9]*(?::-?[0-9]*)?", alternative):
         return f'{message}; a slice keeps its brackets in quotes, type: "[{alternative}]"'
-    has_head = any(_TIED_HEADS.search(name) for name in space.tensors)
-    if not has_head and _TIED_HEADS.search(alternative) and (embeddings := _first(space.names, _EMBEDDINGS)):
+    head = _TIED_HEADS.search(alternative)
+    is_there = head is not None and any(head[1] in re.split("[./]", name) for name in space.tensors)
+    if head is not None and not is_there and (embeddings := _first(space.names, _EMBEDDINGS)):
         return (
             f"{message}: the checkpoint has no such tensor; where a model ties its head to its embeddings, "
             f"{shown(embeddings)} stands for both"

@@ -97,9 +97,9 @@ class frozen_weights:  # noqa: N801 - it reads as a function, and is used as one
 
     def __enter__(self) -> Self:
         __tracebackhide__ = True
+        self.entered = True
         with _ending_here():
             self._watch.__enter__()
-        self.entered = True
         return self
 
     def __exit__(

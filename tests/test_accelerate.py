@@ -134,7 +134,10 @@ def test_an_optimizer_that_is_not_prepared_is_guarded_alike():
 
 def test_something_else_than_an_optimizer_is_refused():
     run = Run()
-    with pytest.raises(ckptsurg.UsageError, match=r"^expected an optimizer of torch, found Net$"):
+    with pytest.raises(
+        ckptsurg.UsageError,
+        match=r"^expected an optimizer of torch, found Net \(hint: give the torch\.optim\.Optimizer",
+    ):
         guard(run.accelerator, run.frozen, run.model)
 
 

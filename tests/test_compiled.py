@@ -483,15 +483,26 @@ def test_an_honest_loop_raises_no_alarm(model, manifest, name):
     assert guard.steps == 5 and _moved(before, model) == TRAINED
 
 
+def test_a_guard_that_saw_no_step_says_so(model, manifest):
+    frozen = ckptsurg.freeze(model, manifest)
+    watched, other = (torch.optim.AdamW(frozen.trainable_parameters()) for _ in range(2))
+    guard = frozen.guard(watched).__enter__()
+    _loss(model, 0).backward()
+    other.step()
+    with pytest.warns(UserWarning, match="no step of the guarded optimizer was seen"):
+        guard.__exit__(None, None, None)
+
+
 def test_a_step_that_a_scaler_skips_is_no_step(model, manifest):
     frozen = ckptsurg.freeze(model, manifest)
     before = _bits(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     scaler = torch.amp.GradScaler("cpu")
-    with frozen.guard(optimizer) as guard:
-        scaler.scale(_loss(model, 0) * float("inf")).backward()
-        scaler.step(optimizer)
-        scaler.update()
+    guard = frozen.guard(optimizer)
+    scaler.scale(_loss(model, 0) * float("inf")).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    guard.remove()
     assert guard.steps == 0 and _moved(before, model) == set()
 
 

@@ -421,7 +421,7 @@ def test_a_quantised_model_is_refused() -> None:
     quantised.quantization_operation = Chunk()
     assert refused(quantised) == (
         "cannot take back how it converted the weights: Cannot reverse the transform with TP or quantization "
-        "(hint: load the weights as they were published, without quantisation)"
+        "(hint: give `names`)"
     )
 
 
@@ -451,12 +451,18 @@ def test_a_conversion_that_works_once_is_refused() -> None:
     calls = iter([True])
     once = Reversible(lambda tensor: tensor.clone() if next(calls) else tensor)
     conversion = WeightConverter("classifier.weight", "classifier.weight", [once])
-    assert refused(conversion) == 'takes the conversion of "classifier.weight" back only with the whole model'
+    assert (
+        refused(conversion)
+        == 'takes the conversion of "classifier.weight" back only with the whole model (hint: give `names`)'
+    )
 
 
 def test_a_tensor_that_would_be_overwritten_is_refused() -> None:
     overwriting = WeightRenaming("^classifier.weight", "bert.pooler.dense.weight")
-    assert refused(overwriting) == 'saves another tensor as "classifier.weight", and not the one of that name'
+    assert (
+        refused(overwriting)
+        == 'saves another tensor as "classifier.weight", and not the one of that name (hint: give `names`)'
+    )
 
 
 def test_of_two_that_become_one_the_other_keeps_its_name() -> None:

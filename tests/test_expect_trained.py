@@ -54,9 +54,10 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int = 0) -> 
 
 def test_what_trained_is_no_difference(model, manifest):
     frozen = ckptsurg.freeze(model, manifest)
-    with frozen.guard(torch.optim.AdamW(frozen.trainable_parameters(), lr=0.1), expect_trained=True):
+    optimizer = torch.optim.AdamW(frozen.trainable_parameters(), lr=0.1)
+    with frozen.guard(optimizer, expect_trained=True):
         for seed in range(3):
-            _step(model, torch.optim.AdamW(frozen.trainable_parameters(), lr=0.1), seed)
+            _step(model, optimizer, seed)
     report = frozen.verify(expect_trained=True)
     assert report.ok and report.untrained == ()
     assert ckptsurg.verify(manifest, model, expect_trained=True) == report

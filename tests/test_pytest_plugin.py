@@ -489,11 +489,25 @@ def _imported(folder: Path, source: str) -> set[str]:
     return set(json.loads((folder / "imported.json").read_text()))
 
 
+def test_what_would_check_nothing_is_an_error(project):
+    _tests(project, "def test_it(frozen_weights):\n    frozen_weights(make_model(), freeze='body')\n")
+    result = project.runpytest_inprocess()
+    result.assert_outcomes(passed=1, errors=1)
+    assert "was not entered: write `with frozen_weights(...):`" in result.stdout.str()
+    marker = "@pytest.mark.frozen_weights(freeze='body')\n"
+    _tests(project, f"{marker}def test_it(frozen_weights):\n    pass\n")
+    result = project.runpytest_inprocess()
+    result.assert_outcomes(passed=1, errors=1)
+    assert "the fixture frozen_weights was not used: nothing was checked" in result.stdout.str()
+    _tests(project, f"{marker}def test_it():\n    pass\n")
+    result = project.runpytest_inprocess()
+    assert result.ret != 0 and "does not ask for the fixture of that name" in result.stderr.str()
+
+
 def test_a_plugin_that_is_not_used_imports_nothing(tmp_path):
     imported = _imported(
         tmp_path,
-        "import pytest\n\n\n@pytest.mark.frozen_weights('body')\ndef test_it(request):\n"
-        "    assert request.config.pluginmanager.hasplugin('ckptsurg')\n",
+        "import pytest\n\n\ndef test_it(request):\n    assert request.config.pluginmanager.hasplugin('ckptsurg')\n",
     )
     assert "ckptsurg" in imported and not imported & HEAVY
 
@@ -528,10 +542,18 @@ def _message(a: object, b: object) -> list[str]:
 
 def test_what_is_the_same_is_the_same_in_every_form(tmp_path):
     save_file(_state(), tmp_path / "a.safetensors")
-    forms = [Small(), _state(), tmp_path / "a.safetensors", str(tmp_path / "a.safetensors")]
+    forms = [Small, _state, lambda: tmp_path / "a.safetensors", lambda: str(tmp_path / "a.safetensors")]
     for one in forms:
         for other in forms:
-            assert_bit_identical(one, other)
+            assert_bit_identical(one(), other())
+
+
+def test_a_state_dict_that_is_the_model_shows_nothing():
+    model = Small()
+    with pytest.raises(
+        ckptsurg.UsageError, match=r"both sides are the same memory, such as body\.weight \(hint: keep a copy"
+    ):
+        assert_bit_identical(model.state_dict(), model)
 
 
 def test_bits_decide_and_not_values():

@@ -1,1 +1,1 @@
-"""Frameworks that train: one file each, over the same core."""
+"""Frameworks that train: PyTorch, and a file for each trainer over it."""

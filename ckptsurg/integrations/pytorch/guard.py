@@ -206,7 +206,7 @@ class Guard:
     ) -> None:
         self.remove()
         if error is None:
-            if not self._asked:
-                warnings.warn("no step of the guarded optimizer was seen", UserWarning, stacklevel=2)
             with self._timed():
                 self._at_the_end().raise_if_changed()
+            if not self._asked:
+                warnings.warn("no step of the guarded optimizer was seen", UserWarning, stacklevel=2)

@@ -175,7 +175,9 @@ def _as_used(live: Collection[str], model: nn.Module) -> dict[str, str]:
     for path, module in model.named_modules() if peft is not None else ():
         start = f"{path}." if path else ""
         if isinstance(module, peft.utils.ModulesToSaveWrapper):
-            copies |= {f"{start}modules_to_save.{one}.": start for one in module.active_adapters}
+            for one in module.modules_to_save:  # the copies of adapters that are not active stand for nothing
+                own = start if one in module.active_adapters else f"{start}inactive.{one}."
+                copies[f"{start}modules_to_save.{one}."] = own
         # A model with adapters is wrapped twice (base_model.model), one with prompts once.
         if isinstance(module, peft.PeftModel) and not isinstance(module.base_model, peft.tuners.tuners_utils.BaseTuner):
             bare = f"{start}base_model."

@@ -20,11 +20,15 @@ from .witness import rows_that_others_train, tied_to_trainable
 __all__ = ["refusals"]
 
 
+_IN_DTYPE = "load the model in the published dtype"
+
+
 def refusals(manifest: Manifest, live: LiveModel, *, allow_widened: bool) -> tuple[list[str], str | None]:
     """Everything that stands against the freeze, a line each with the tensor's name; and a hint where one helps."""
     now = live.now()
     if problems := list(_mismatches(manifest, live, now, allow_widened=allow_widened)):
-        return problems, "load the published weights first; where the model has other names than the file, give `names`"
+        hint = "load the published weights first; where the model has other names than the file, give `names`"
+        return problems, None if all(_IN_DTYPE in line for line in problems) else hint
     return [*_parted(manifest, live), *_entangled(manifest, live, now), *_unholdable(manifest, live, now)], None
 
 
@@ -65,7 +69,7 @@ def _mismatches(
         else:
             yield difference.describe()
     for (expected, found, widened), names in casts.items():
-        line = f"{enumerate_names(names)}: expected {expected}, found {found}: load the model in the published dtype"
+        line = f"{enumerate_names(names)}: expected {expected}, found {found}: {_IN_DTYPE}"
         yield f"{line}; the values are the same, and `allow_widened=True` accepts them" if widened else line
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -46,15 +46,20 @@ class HeldRows:
         live = live_tensors(model) if model is not None else {}
         return {name: live[own] for name, own in align(self._rows, {name: name for name in live}).items()}
 
-    def mask(self) -> None:
+    def mask(self, stepped: Collection[int] | None = None) -> None:
         """Clear the gradients of the rows, so that they count in no norm that gradients are clipped by.
 
         To be called again where sharding may have put other parameters in the place of those that were masked.
+
+        Args:
+            stepped: Identities of the parameters that matter; None for all.
 
         Raises:
             FreezeError: if FullyShardedDataParallel has flattened one: its pieces have no rows.
         """
         for name, tensor in self._parameters().items():
+            if stepped is not None and id(tensor) not in stepped:
+                continue
             if getattr(tensor, "_fsdp_flattened", False):
                 raise FreezeError(
                     f'"{shown(name)}" is flattened by FullyShardedDataParallel: rows of it cannot be held',
@@ -72,7 +77,7 @@ class HeldRows:
 
     def set_aside(self, stepped: set[int]) -> None:
         """A step begins. One inside of another finds set aside what the other stepped too."""
-        self.mask()
+        self.mask(stepped)
         for name, tensor in self._parameters().items():
             if id(tensor) in stepped and name not in self._aside.bits:
                 self._aside.bits[name] = [part.clone() for part in _local(tensor.detach(), self._rows[name])]
