@@ -152,7 +152,6 @@ class _Settling:
             and any(one.coarse for one in traits)
             and not self._traits(lambda rank: rank == 1)
             and self._some_held(lambda rank: rank == 1)
-            and self._some_held(lambda rank: rank >= 2)
         )
 
     def _traits(self, law: Callable[[int], bool] = lambda rank: True) -> list[Traits]:

@@ -9,7 +9,7 @@ import torch
 
 from ...manifest import Manifest
 from ...renaming import common_prefix
-from ...settling import reparametrised_as
+from ...settling import moving_buffer, reparametrised_as
 from ...verifying import verify
 from ...wording import enumerate_names, shown
 from .holds import silenced, unholdable
@@ -107,6 +107,9 @@ def _unholdable(manifest: Manifest, live: LiveModel, now: Mapping[str, torch.Ten
     roles = live.roles(manifest)
     names = {id(now[name]): name for name in reversed((*roles.frozen, *roles.rows))}
     frozen = set(names)
+    for name in roles.frozen:
+        if moving_buffer(name, ()) == "observer":
+            yield f'"{shown(name)}" is the history of an FP8 layer, which every forward pass goes on with; let it train'
     quiet = silenced(live.model)
     for module in live.model.modules():
         if module not in quiet and (reason := unholdable(module, frozen)):

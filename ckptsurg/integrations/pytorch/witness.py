@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...settling import moving_buffer
 from .fingerprint import Fingerprint, fingerprints
@@ -44,6 +45,7 @@ class Witness:
         self._note(now)
         self._tied = dict(tied_to_trainable(now, roles.frozen, roles.trainable))
         self._shrinking = {path for path, module in live.model.named_modules() if shrinks_rows(module)}
+        self._counts = {path: count.clone() for path, count in self._counters().items()}
         self._training: set[str] = set()
         self._bracketed: dict[str, Fingerprint] = {}
         self._look_at_modes()
@@ -145,6 +147,14 @@ class Witness:
             if id(buffer) in frozen
         }
 
+    def _counters(self) -> dict[str, torch.Tensor]:
+        """What counts the batches of each BatchNorm; InstanceNorm has a counter too, and never counts."""
+        return {
+            path: module.num_batches_tracked.detach()
+            for path, module in self._live.model.named_modules()
+            if isinstance(module, _BatchNorm) and module.num_batches_tracked is not None
+        }
+
     def _look_at_modes(self) -> None:
         """Note which modules are in training mode."""
         self._training.update(path for path, module in self._live.model.named_modules() if module.training)
@@ -172,6 +182,8 @@ class Witness:
             for tensor in (*module._parameters.values(), *module._buffers.values())
         }
         now = self._live.now()
+        counts = self._counters()
+        stood = {path for path, then in self._counts.items() if path in counts and bool(counts[path].eq(then))}
         for name in (*self._frozen, *self._rows):
             if name not in now or id(now[name]) not in owners:
                 continue
@@ -181,7 +193,7 @@ class Witness:
                     found[name] = "embedding_max_norm"
                 continue
             code = mover(module)
-            if code is not None and (path in self._training or moves_in_training(module) is None):
+            if code is not None and path not in stood and (path in self._training or moves_in_training(module) is None):
                 found[name] = code
             elif (by_name := moving_buffer(name, now.keys())) in ("router_bias", "observer"):
                 found[name] = by_name
