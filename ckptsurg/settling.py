@@ -136,12 +136,17 @@ class _Settling:
         traits = self._traits()
         if not traits or not all(one.is_rounding_of_products for one in traits):
             return False
+        changed, elements = sum(one.changed for one in traits), sum(one.elements for one in traits)
+        if not 16 <= changed < 0.7 * elements:  # fewer share a way by chance; rounding leaves most as they are
+            return False
+        if all(one.is_rounding_of_factor for one in traits):
+            return False
         shrank, rose = any(one.shrank for one in traits), any(one.rose for one in traits)
         one_way = not (shrank and rose) or all(one.ulps <= 4 for one in traits)
         everywhere = not self._some_held(lambda rank: rank >= 2) and (
             self._traits(lambda rank: rank == 1) or not self._some_held(lambda rank: rank == 1, telling=True)
         )
-        return one_way and bool(everywhere) and sum(one.changed for one in traits) >= 16  # fewer share a way by chance
+        return one_way and bool(everywhere)
 
     def _merged(self) -> bool:
         """Whether some matrices, and nothing but matrices, moved as rounding makes them that adds and takes away."""

@@ -195,15 +195,19 @@ class Traits:
 
     @property
     def is_rounding_of_products(self) -> bool:
-        """Whether the change is what rounding leaves of the sum of two shares of each value.
+        """Whether the change may be what rounding leaves of the sum of two shares of each value.
 
-        Some values move, by little, and all away from zero or all towards it, since a share that rounds one way does so
-        at every step. A factor of nearly one moves some values too: those with large mantissas alone.
+        What moves does so by little, and all away from zero or all towards it, since a share that rounds one way does
+        so at every step.
         """
         one_way = self.ulps <= 4 or not (self.shrank and self.rose)
-        small = self.relative <= min(1e3 * self.epsilon, 0.25) and self.changed < 0.7 * self.elements
+        return bool(self.epsilon) and one_way and self.relative <= min(1e3 * self.epsilon, 0.25)
+
+    @property
+    def is_rounding_of_factor(self) -> bool:
+        """Whether large mantissas moved and small ones held, as a factor of nearly one has it."""
         held, moved = self.mantissas
-        return bool(self.epsilon) and small and one_way and moved <= held
+        return moved > held
 
 
 def _is_cast(old: NDArray[Any], new: NDArray[Any], narrow: str) -> bool:
