@@ -15,6 +15,7 @@ from ..wording import counted, enumerate_names, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from ..inspection import Inspection
     from ..manifest import Manifest
@@ -36,6 +37,12 @@ def _console() -> Console:
 
     # Into a pipe nothing is wrapped: the reader is a program or a pager.
     return Plain(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 200)
+
+
+def _fits(console: Console, table: Table) -> bool:
+    """Whether a table has room for all that is in it."""
+    unlimited = console.options.update(max_width=100_000)
+    return console.measure(table, options=unlimited).maximum <= console.width
 
 
 def size(count: float) -> str:
@@ -152,7 +159,7 @@ def show_plan(spec: Spec, plan: Plan) -> None:
             table.add_column(heading, justify="right" if numbers else "left", no_wrap=heading != "pattern")
         for row in rows:
             table.add_row(*row[: len(columns)])
-        if console.measure(table).maximum <= console.width:
+        if _fits(console, table):
             break
     console.print(table)
     drawn = [tensor for tensor in plan.output if tensor.init is not None]
@@ -247,9 +254,12 @@ def show_report(report: Report, *, exact: bool = False) -> None:
     for names, what, counts in listed:
         if names:
             style = "red" if counts else "dim"
-            console.print(Text(f"{counted(len(names))} {what}: {enumerate_names(names)}", style=style), soft_wrap=True)
+            console.print(
+                Text(f"{counted(len(names))} {what}: {enumerate_names(names)}", style=style),
+                soft_wrap=not console.is_terminal,
+            )
     if report.note:
-        console.print(f"note: {report.note}", soft_wrap=True)
+        console.print(f"note: {report.note}", soft_wrap=not console.is_terminal)
     if len(report.drifted) > _ROWS // 2 and not nothing_there:
         console.print(summary, soft_wrap=True)  # the first line is off the screen by now
 
@@ -304,7 +314,7 @@ def _show_differences(console: Console, differences: Sequence[Difference]) -> No
         table.add_row(*row)
     if len(differences) > _ROWS:
         table.add_row(f"... and {len(differences) - _ROWS:,} more; --json lists all")
-    if console.measure(table).maximum <= console.width:
+    if _fits(console, table):
         console.print(table)
         return
     for name, *rest in rows:
