@@ -20,7 +20,7 @@ import ckptsurg
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-TIERS = {"flags, groups, gradients": None, "and fingerprints": 1}
+TIERS = {"flags, groups, gradients": None, "and frozen tensors read": 1}
 
 
 def _device() -> torch.device:

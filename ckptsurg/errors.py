@@ -105,7 +105,10 @@ class ManifestError(DocumentError):
 
 
 class FreezeError(CkptsurgError):
-    """A live model that cannot be made to obey the manifest; nothing in it was changed."""
+    """A live model that cannot be made to obey the manifest, or be compared with it.
+
+    ``freeze`` raises it before it changes anything.
+    """
 
 
 class CheckpointError(CkptsurgError):

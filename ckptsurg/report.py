@@ -22,7 +22,7 @@ class Detail(Model):
 
     Attributes:
         elements_changed: How many elements have other bits.
-        max_abs_diff: Largest difference of two values; None where it is not finite or the dtype has no numbers.
+        max_abs_diff: Largest difference of two values; None where it is not finite.
         first_index: The first such element, one number a dimension.
     """
 
@@ -88,7 +88,7 @@ class Report(Document):
     """Are the frozen tensors bit-identical?
 
     Attributes:
-        ok: Whether they are.
+        ok: Whether they are, and what else was asked for (``exact``, ``expect_trained``) holds.
         verified: How many frozen tensors have their bits.
         drifted: Those that have not; also, accepted, those that only became wider.
         extra: Tensors that the manifest lacks.

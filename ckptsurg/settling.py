@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .report import Difference
-from .traits import Traits
+from .traits import FEW_ULPS, SCATTERED, Traits
 
 __all__ = ["Evidence", "moving_buffer", "reparametrised_as", "with_causes"]
 
@@ -53,6 +53,12 @@ def with_causes(drifted: Sequence[Difference], evidence: Evidence) -> list[Diffe
     return [difference.model_copy(update={"cause": settle.cause(difference)}) for difference in drifted]
 
 
+#: Fewer elements may go one way by chance.
+_LEAST_CHANGED = 16
+#: One matrix alone may be anything; adapters sit on several.
+_LEAST_MERGED = 2
+
+
 class _Settling:
     """Names causes in the light of everything that moved."""
 
@@ -64,7 +70,7 @@ class _Settling:
         # Optimizers, casts and averages do not single buffers out: where nothing else moved, the forward pass did it.
         self._buffers = kinds if all(kinds.values()) else {}
         if evidence.witnessed is not None:  # whoever watched knows better, but for a layer that trained in passing
-            self._buffers = {name: kind for name, kind in kinds.items() if kind and _counter(name) in self._moved}
+            self._buffers = {name: kind for name, kind in kinds.items() if kind and _counter_name(name) in self._moved}
 
     def cause(self, difference: Difference) -> str | None:
         name, evidence = difference.name, self._evidence
@@ -111,7 +117,7 @@ class _Settling:
 
     def _counter(self, name: str) -> Traits | None:
         """How the counter of a running statistic changed; None if it did not, or that is not known."""
-        return self._evidence.traits.get(_counter(name)) if name.rpartition(".")[2] in _STATISTICS else None
+        return self._evidence.traits.get(_counter_name(name)) if name.rpartition(".")[2] in _STATISTICS else None
 
     def _counted_on(self, name: str) -> bool:
         """Whether the counter has gone up, as only a forward pass makes it; and the model is no retrained one."""
@@ -121,7 +127,7 @@ class _Settling:
     def _did_not_count(self, name: str) -> bool:
         """Whether the counter stood still, or went back: it was reset, or something else was loaded."""
         counter = self._counter(name)
-        return _counter(name) in self._evidence.standing or (counter is not None and not counter.grew)
+        return _counter_name(name) in self._evidence.standing or (counter is not None and not counter.grew)
 
     def _decayed(self, traits: Traits) -> bool:
         """Whether a tensor shrank by one ratio, and by no other one than the rest."""
@@ -137,12 +143,12 @@ class _Settling:
         if not traits or not all(one.is_rounding_of_products for one in traits):
             return False
         changed, elements = sum(one.changed for one in traits), sum(one.elements for one in traits)
-        if not 16 <= changed < 0.7 * elements:  # fewer share a way by chance; rounding leaves most as they are
+        if not _LEAST_CHANGED <= changed < SCATTERED * elements:
             return False
         if all(one.is_rounding_of_factor for one in traits):
             return False
         shrank, rose = any(one.shrank for one in traits), any(one.rose for one in traits)
-        one_way = not (shrank and rose) or all(one.ulps <= 4 for one in traits)
+        one_way = not (shrank and rose) or all(one.ulps <= FEW_ULPS for one in traits)
         everywhere = not self._some_held(lambda rank: rank >= 2) and (
             self._traits(lambda rank: rank == 1) or not self._some_held(lambda rank: rank == 1, telling=True)
         )
@@ -152,7 +158,7 @@ class _Settling:
         """Whether some matrices, and nothing but matrices, moved as rounding makes them that adds and takes away."""
         traits = self._traits()
         return (
-            len(traits) > 1
+            len(traits) >= _LEAST_MERGED
             and all(one.is_rounding_of_sums for one in traits)
             and any(one.coarse for one in traits)
             and not self._traits(lambda rank: rank == 1)
@@ -171,7 +177,7 @@ class _Settling:
         return any(law(rank) and name not in gone for name, rank in self._evidence.ranks.items())
 
 
-def _counter(name: str) -> str:
+def _counter_name(name: str) -> str:
     """What counts the batches of the norm layer that has a tensor."""
     module, separator, _ = name.rpartition(".")
     return f"{module}{separator}num_batches_tracked"

@@ -31,8 +31,9 @@ def assert_bit_identical(a: TensorsLike, b: TensorsLike) -> None:
 
     Raises:
         AssertionError: with a table of what differs, where and by how much.
-        UsageError: if there is nothing at a path.
+        UsageError: if there is nothing at a path, or both sides are the same memory.
         CheckpointError: if a checkpoint is malformed.
+        SystemFailure: if one cannot be read.
     """
     __tracebackhide__ = True
     with _ending_here():

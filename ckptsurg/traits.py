@@ -10,10 +10,29 @@ from numpy.typing import NDArray
 
 from .numpy_types import element_type
 
-__all__ = ["FLOATS", "Traits", "differ", "values"]
+__all__ = ["FEW_ULPS", "FLOATS", "SCATTERED", "Traits", "differ", "values"]
 
 #: Dtypes with fractions that optimizers train in.
 FLOATS = frozenset(("F16", "BF16", "F32", "F64"))
+
+#: Fewer elements than so many may share a ratio by chance.
+_LEAST_RATED = 8
+#: Rounding at every step takes up to so many times as much from one value as from another.
+_UNEVEN = 3
+#: So much larger the largest value has to be than the least, or a step of one size for all would pass for one ratio.
+_LEAST_SPREAD = 4
+#: No single step decays by more, and no run worth its name.
+_AT_ONCE, _MOST_DECAYED = 0.9, 0.5
+#: Tensors that were trained from another seed point elsewhere: their cosine is near zero.
+_AKIN_COSINE = 0.5
+#: Rounding leaves a good part of the values as they were; what computes them anew leaves next to none.
+SCATTERED = 0.7
+#: So near a value, rounding goes either way.
+FEW_ULPS = 4
+#: A change of fewer places is too short to show a grid.
+_COARSE_ULPS = 8
+#: So many roundings one way; beyond a quarter, which coarse dtypes would reach, it is no rounding.
+_DRIFT_STEPS, _MOST_DRIFT = 1e3, 0.25
 
 _NARROWER = {"F32": ("F16", "BF16"), "F64": ("F16", "BF16", "F32")}
 
@@ -52,7 +71,7 @@ class Traits:
         scale: Largest size, old or new.
         products: Sums of old x new, old x old and new x new.
         casts: Narrower dtypes such that every value is what a cast to them and back makes of the old one.
-        epsilon: Distance from 1 to the next number of the dtype; 0 for dtypes without fractions.
+        epsilon: Distance from 1 to the next number of the dtype; 0 for dtypes that are not in ``FLOATS``.
         smallest: Its smallest normal number.
     """
 
@@ -134,7 +153,7 @@ class Traits:
         self.rose += int((outwards > 0).sum())
         place = np.spacing(np.abs(was)) * (self.epsilon / np.finfo(np.float64).eps)
         self.ulps = max(self.ulps, float((distance / place).max()))
-        coarse = np.isfinite(distance) & (distance > 8 * place)
+        coarse = np.isfinite(distance) & (distance > _COARSE_ULPS * place)
         grid = np.exp2(np.floor(np.log2(distance[coarse])))
         self.coarse += int(coarse.sum())
         self.on_grid = self.on_grid and bool(np.all(np.remainder(now[coarse], grid) == 0))
@@ -158,8 +177,11 @@ class Traits:
         Nothing decays by half in a run that is worth its name, nor by a tenth in one step, which rounds only once.
         """
         (least, most), (low, high) = self.sizes, self.ratios
-        at_once = high < 0.9 and high - low <= 2 * self.epsilon * high
-        return self.rated >= 8 and most >= 4 * least and self.zeros_held and low > 0.5 and not at_once and self._is_even
+        at_once = (
+            high < _AT_ONCE and high - low <= 2 * self.epsilon * high
+        )  # one rounding there, and one of the quotient
+        telling = self.rated >= _LEAST_RATED and most >= _LEAST_SPREAD * least
+        return telling and self.zeros_held and low > _MOST_DECAYED and not at_once and self._is_even
 
     def shrank_like(self, other: Traits) -> bool:
         """Whether all elements shrank by a ratio that elements of another tensor shrank by."""
@@ -170,27 +192,28 @@ class Traits:
     def shrank_as_much(self, other: Traits) -> bool:
         """Whether what it lost is within three times of what another tensor lost."""
         lost, others = (1 - self.ratios[0], 1 - self.ratios[1]), (1 - other.ratios[0], 1 - other.ratios[1])
-        return max(lost[0], others[0]) <= 3 * min(lost[1], others[1])
+        return max(lost[0], others[0]) <= _UNEVEN * min(lost[1], others[1])
 
     @property
     def _is_even(self) -> bool:
         low, high = self.ratios
-        return 0 < low <= high < 1 and 1 - low <= 3 * (1 - high)
+        return 0 < low <= high < 1 and 1 - low <= _UNEVEN * (1 - high)
 
     @property
     def is_akin(self) -> bool:
         """Whether the new tensor still points where the old one did: their cosine is one half or more."""
         dot, old, new = self.products
-        return bool(dot >= 0.5 * np.sqrt(old * new))
+        return bool(dot >= _AKIN_COSINE * np.sqrt(old * new))
 
     @property
     def is_rounding_of_sums(self) -> bool:
         """Whether the change is what rounding leaves of adding something of the tensor's size and taking it away.
 
-        No value loses more than the last place of the largest then, and most lose nothing; a small value that loses
-        many of its own places is left on the grid of the sum.
+        No value loses more than the last place of the largest then, and a good part lose nothing; a small value that
+        loses many of its own places is left on the grid of the sum.
         """
-        scattered = self.changed < 0.7 * self.elements
+        scattered = self.changed < SCATTERED * self.elements
+        # The sum is at most twice the scale, so half its last place is epsilon * scale; the difference rounds again.
         return bool(self.epsilon) and scattered and self.largest <= 2 * self.epsilon * self.scale and self.on_grid
 
     @property
@@ -198,10 +221,10 @@ class Traits:
         """Whether the change may be what rounding leaves of the sum of two shares of each value.
 
         What moves does so by little, and all away from zero or all towards it, since a share that rounds one way does
-        so at every step.
+        so at every step. Within a few units in the last place it may go either way.
         """
-        one_way = self.ulps <= 4 or not (self.shrank and self.rose)
-        return bool(self.epsilon) and one_way and self.relative <= min(1e3 * self.epsilon, 0.25)
+        one_way = self.ulps <= FEW_ULPS or not (self.shrank and self.rose)
+        return bool(self.epsilon) and one_way and self.relative <= min(_DRIFT_STEPS * self.epsilon, _MOST_DRIFT)
 
     @property
     def is_rounding_of_factor(self) -> bool:

@@ -92,7 +92,7 @@ def verify(
             drifted.append(difference)
     drifted = _without_absent_twins(manifest, drifted)
     bad = {difference.name for difference in drifted}
-    vectors = {name: r for name, r in frozen.items() if len(r.shape) == 1 and r.dtype in FLOATS and name not in bad}
+    vectors = [name for name, r in frozen.items() if len(r.shape) == 1 and r.dtype in FLOATS and name not in bad]
     evidence = Evidence(
         names=manifest.tensors.keys(),
         given={unwrapped(name) for name in (*given, *also_given)} if drifted else (),
@@ -289,7 +289,7 @@ def _with_prefix_hint(
     prefix = common_prefix(wanted, given)
     if prefix is None:
         return drifted
-    hint = {"hint": f"all of them stand under one prefix; verify with --prefix {shown(prefix)}"}
+    hint = {"hint": f"all of them stand under one prefix; verify with --prefix {shown(prefix)} (in Python prefix=)"}
     return [Difference(name=difference.name, verdict="missing", detail=hint) for difference in drifted]
 
 
@@ -297,6 +297,7 @@ def diff(a: TensorSource, b: TensorSource, *, progress: Progress | None = None) 
     """Compare two checkpoints or models, tensor by tensor, bit by bit.
 
     Raises:
+        UsageError: if a dtype is one that safetensors does not have.
         CheckpointError: if one of them changes meanwhile.
         SystemFailure: if one of them cannot be read.
     """
@@ -321,7 +322,7 @@ def diff(a: TensorSource, b: TensorSource, *, progress: Progress | None = None) 
             traits[name] = found[2]
     evidence = Evidence(
         names=a.tensors.keys(),
-        given=b.tensors.keys(),
+        given={unwrapped(name) for name in b.tensors} if differences else (),
         ranks={name: len(info.shape) for name, info in a.tensors.items() if info.dtype in FLOATS},
         traits=traits,
     )

@@ -1,4 +1,4 @@
-"""Set before torch is imported."""
+"""What holds for all tests: the threads of torch, set before it is imported, and one seed."""
 
 from __future__ import annotations
 

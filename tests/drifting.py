@@ -50,11 +50,6 @@ class Words(nn.Module):
         return self.lm_head(self.norm(self.embed(ids)))
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
 def backward(model: nn.Module, *shape: int) -> None:
     """A loss and its gradients; of word models, over all words but the first four."""
     if isinstance(model, Words):

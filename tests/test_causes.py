@@ -571,7 +571,7 @@ def test_an_embedding_that_shrinks_what_it_looks_up(kind):
     assert watched(model, "embed", lambda: steps(model, optimizer)) == {"embed.weight": "embedding_max_norm"}
     longer = kind(max_norm=1.0)
     manifest = ckptsurg.make_manifest(["embed"], longer)
-    with pytest.raises(ckptsurg.FreezeError, match=r'"embed\.weight" has rows longer than the max_norm'):
+    with pytest.raises(ckptsurg.FreezeError, match=r'"embed\.weight" has, or may have, rows longer than the max_norm'):
         ckptsurg.freeze(longer, manifest)
 
 

@@ -311,7 +311,7 @@ def test_a_base_that_is_not_here(name, said, llama, adapter):
     with pytest.raises(ckptsurg.UsageError) as caught:
         ckptsurg.verify(llama, adapter)
     assert caught.value.message == f"{adapter}: an adapter alone: what is frozen is in its base, and {said}"
-    assert caught.value.hint == "verify the base that it is loaded onto instead"
+    assert caught.value.hint == "bring the base here, or verify the base by itself where it is"
 
 
 def test_the_command_says_what_is_wrong_with_an_adapter(llama, adapter):

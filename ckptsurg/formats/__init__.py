@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from ..checkpoints import Checkpoint
@@ -48,9 +49,8 @@ def open_trained(path: str | Path) -> Checkpoint | AdapterOverBase:
         base = base_of_adapter(path) if path.is_dir() else None
     if base is None:
         return open_checkpoint(path)
-    adapter = open_checkpoint(path / ADAPTER_NAME)
-    try:
-        return AdapterOverBase(path, adapter, open_checkpoint(base))
-    except BaseException:
-        adapter.close()
-        raise
+    with ExitStack() as stack:
+        adapter = stack.enter_context(open_checkpoint(path / ADAPTER_NAME))
+        opened = AdapterOverBase(path, adapter, stack.enter_context(open_checkpoint(base)))
+        stack.pop_all()
+    return opened

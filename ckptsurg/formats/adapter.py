@@ -19,6 +19,7 @@ __all__ = ["ADAPTER_NAME", "AdapterOverBase", "base_of_adapter"]
 
 ADAPTER_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
+#: Of a configuration that is read, in bytes; PEFT writes a few thousand.
 MAX_CONFIG_BYTES = 10_000_000
 
 
@@ -44,7 +45,7 @@ def base_of_adapter(folder: Path) -> Path | None:
     said = f'"{shown(name)}" is not on this machine' if isinstance(name, str) and name else "it does not say which"
     raise UsageError(
         f"{shown(folder)}: an adapter alone: what is frozen is in its base, and {said}",
-        hint="verify the base that it is loaded onto instead",
+        hint="bring the base here, or verify the base by itself where it is",
     )
 
 
@@ -55,6 +56,9 @@ class AdapterOverBase:
         label: How messages call it.
         tensors: Dtype and shape by name, of the base and of the adapter.
         note: What a report says of it.
+
+    Raises:
+        CheckpointError: if two tensors of the adapter stand for one name.
     """
 
     def __init__(self, folder: Path, adapter: Checkpoint, base: Checkpoint) -> None:

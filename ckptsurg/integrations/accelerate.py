@@ -31,11 +31,11 @@ def guard(
         accelerator: The accelerator.
         frozen: The frozen model.
         optimizer: The optimizer, as ``prepare`` gave it back.
-        every: Compare fingerprints after every so many steps; None compares none.
+        every: Read the frozen tensors after every so many steps; None does not.
         expect_trained: Whether the end also proves that each trainable tensor moved.
 
     Raises:
-        UsageError: if the optimizer is none of torch.
+        UsageError: if the optimizer is none of torch, or ``every`` is no number of steps.
     """
     watching = frozen.guard(optimizer, every=every, expect_trained=expect_trained)
 

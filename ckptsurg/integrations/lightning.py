@@ -129,7 +129,7 @@ class FreezeCallback(ManifestCallback, Callback):
             self.frozen = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the baseline, and audit the optimizers.
+        """Prove what training begins with, and watch the optimizers.
 
         Raises:
             FreezeError: if the model does not hold what the manifest freezes.
@@ -160,7 +160,11 @@ class FreezeCallback(ManifestCallback, Callback):
             self.frozen.verify_saved(state, prefix).raise_if_changed("about to save: ")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prove all digests."""
+        """Prove all digests.
+
+        Raises:
+            FrozenWeightsChanged: if the model has not the frozen bits.
+        """
         self._remove()
         if self.frozen is not None:
             self.frozen.verify(expect_trained=self._expect_trained).raise_if_changed()

@@ -41,7 +41,7 @@ class FreezeCallback(ManifestCallback, TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """Audit the optimizer; and, where training resumes, what was loaded."""
+        """Prove what is there before the first step, loaded or resumed from; and watch the optimizer."""
         if self._guard is not None:  # of a training that did not come to its end
             self._guard.remove()
         frozen, model = self.frozen, given["model"]
@@ -52,12 +52,12 @@ class FreezeCallback(ManifestCallback, TrainerCallback):
                 frozen.attach(model)
             when = f"resuming at step {state.global_step:,}, " if state.global_step else "at the beginning, "
             frozen.verify().raise_if_changed(when)
-        # Fingerprints are compared when the step is over, so that other callbacks are caught too.
+        # Frozen tensors are read when the step is over, so that other callbacks are caught too.
         self._guard = frozen.guard(given["optimizer"], every=None)
         self._guard.count_from(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """Compare fingerprints: what the optimizer moved, or a callback before this one, is caught at this step."""
+        """Read the frozen tensors: what the optimizer moved, or a callback before this one, is caught at this step."""
         if self._guard is not None and self._every is not None and state.global_step % self._every == 0:
             self._guard.compare(f"after step {state.global_step:,}, ")
 

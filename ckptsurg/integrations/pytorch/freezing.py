@@ -138,7 +138,7 @@ class FrozenModel:
         model: The model.
         manifest: What it obeys.
         extra: Parameters that the manifest lacks; they are left as they were.
-        kept_in_evaluation: Modules that stay in evaluation mode, for their frozen buffers.
+        kept_in_evaluation: Names of modules that stay in evaluation mode, for their frozen buffers.
     """
 
     def __init__(
@@ -207,7 +207,11 @@ class FrozenModel:
         return ((name, now[name]) for name in self._live.roles(self.manifest).frozen if name in now)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """The parameters that train: what an optimizer is built from."""
+        """The parameters that train: what an optimizer is built from.
+
+        Raises:
+            FreezeError: if FullyShardedDataParallel has flattened a parameter with frozen rows.
+        """
         if self._rows is not None:
             self._rows.mask()
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -227,8 +231,10 @@ class FrozenModel:
             expect_trained: Whether trainable tensors that did not move count.
 
         Raises:
-            UsageError: if the baseline is not what the manifest describes.
+            FreezeError: if parameters were sharded by a wrapper that is not attached, or a tensor cannot be read.
+            UsageError: if there is no baseline at the path, or it is not what the manifest describes.
             CheckpointError: if it is malformed.
+            SystemFailure: if it cannot be read.
         """
         with ExitStack() as stack:
             if isinstance(baseline, str | os.PathLike):
@@ -256,8 +262,9 @@ class FrozenModel:
             prefix: Before every name.
 
         Raises:
-            UsageError: if there is no checkpoint at the path.
+            UsageError: if there is no checkpoint at the path, names do not fit, or an adapter's base is not here.
             CheckpointError: if it is malformed.
+            SystemFailure: if it cannot be read.
         """
         witnessed = self._witness.by_saved_name()
         if isinstance(saved, Mapping):
@@ -283,9 +290,12 @@ class FrozenModel:
 
         Args:
             optimizer: The optimizer that trains the model.
-            every: Read the frozen tensors after every so many steps, and compare fingerprints; None does not. All
-                digests are proven at the end of the ``with`` in any case.
+            every: Read the frozen tensors after every so many steps; None does not. All digests are proven at the end
+                of the ``with`` in any case.
             expect_trained: Whether the end also proves that each trainable tensor moved.
+
+        Raises:
+            UsageError: if the optimizer is none of torch, or ``every`` is no number of steps.
         """
         return Guard(
             optimizer,
@@ -297,9 +307,12 @@ class FrozenModel:
         )
 
     def moved(self) -> list[str]:
-        """Frozen tensors, by the model's names, that are not what they were: what a guard asks after a step.
+        """Frozen tensors, by the model's names, that are not what they were: what a guard looks at after a step.
 
         Each is read once, where it lives. Where the model is sharded, every process has to ask.
+
+        Raises:
+            FreezeError: if parameters were sharded by a wrapper that is not attached.
         """
         return self._marks.moved()
 

@@ -61,8 +61,8 @@ class Guard:
         marks: Marks,
         verify: Callable[[], Report],
         *,
-        every: int | None = 1,
-        at_the_end: Callable[[], Report] | None = None,
+        every: int | None,
+        at_the_end: Callable[[], Report],
     ) -> None:
         """Begin to watch; a frozen model's ``guard`` is the way to ask for it.
 
@@ -72,7 +72,7 @@ class Guard:
             marks: What is compared after it.
             verify: Proves all digests.
             every: As ``FrozenModel.guard`` takes it.
-            at_the_end: Proves what is to be proven at the end; None proves all digests.
+            at_the_end: Proves what is to be proven at the end.
 
         Raises:
             UsageError: if the optimizer is none of torch, or ``every`` is no number of steps.
@@ -85,7 +85,7 @@ class Guard:
                 hint="give the torch.optim.Optimizer inside of it",
             )
         self._witness, self._marks, self._verify = witness, marks, verify
-        self._at_the_end = at_the_end or verify
+        self._at_the_end = at_the_end
         self.steps = 0
         self.seconds = 0.0
         self._before_these = 0
@@ -117,7 +117,7 @@ class Guard:
             self.before_step(optimizer)
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuse a step that would move a frozen tensor, or that steps what the model no longer has.
+        """Refuse a step before which a frozen tensor is about to move, or that steps what the model no longer has.
 
         Raises:
             FrozenWeightsChanged: naming tensors and causes.

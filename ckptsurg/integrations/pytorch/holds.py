@@ -74,14 +74,18 @@ def unholdable(module: nn.Module, frozen: set[int]) -> str | None:
         frozen: Identities of the frozen tensors.
     """
     if shrinks_rows(module) and id(module._parameters["weight"]) in frozen:
-        return f"has rows longer than the max_norm of its embedding ({module.max_norm}), which a lookup would shrink"
+        limit = f"the max_norm of its embedding ({module.max_norm})"
+        return f"has, or may have, rows longer than {limit}, which a lookup would shrink"
     if _observes(module) and any(id(buffer) in frozen for buffer in module.buffers()):
         return "is written by a quantisation observer at every forward pass; turn it off first (disable_observer)"
     return None
 
 
 def shrinks_rows(module: nn.Module) -> bool:
-    """Whether it is an embedding with max_norm, some row of which a lookup would change: torch is asked, on a copy."""
+    """Whether it is an embedding with max_norm, some row of which a lookup would change: torch is asked, on a copy.
+
+    Of what is sharded or cannot be read, it may be so.
+    """
     if not isinstance(module, nn.Embedding | nn.EmbeddingBag) or module.max_norm is None:
         return False
     # Not through the attribute: a parametrised one would be computed, which moves what computes it.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from ...tensors import digest_of
-from .fingerprint import fingerprints
+from .fingerprint import Fingerprint, fingerprints
 from .live import LiveModel, Roles
 from .tensors import as_dtensor, bytes_of
 
@@ -47,7 +49,7 @@ class Marks:
             changed = [name for name in digested if self._digest(name, tensors[name]) != self._digests[name]]
             return changed + [name for name in self._names if name not in digested and self._differs(name, now)]
 
-    def _differs(self, name: str, now: dict[str, tuple[int, int]]) -> bool:
+    def _differs(self, name: str, now: Mapping[str, Fingerprint]) -> bool:
         # On a process outside of a tensor's mesh there is nothing to compare.
         return name in self._fingerprints and now.get(name) != self._fingerprints[name]
 

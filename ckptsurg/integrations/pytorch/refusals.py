@@ -20,7 +20,8 @@ from .witness import rows_that_others_train, tied_to_trainable
 __all__ = ["refusals"]
 
 
-_IN_DTYPE = "load the model in the published dtype"
+_OTHER_BITS = "has other bits: not loaded, or from another file"
+_ABSENT = "is not in the model"
 
 
 def refusals(manifest: Manifest, live: LiveModel, *, allow_widened: bool) -> tuple[list[str], str | None]:
@@ -28,7 +29,7 @@ def refusals(manifest: Manifest, live: LiveModel, *, allow_widened: bool) -> tup
     now = live.now()
     if problems := list(_mismatches(manifest, live, now, allow_widened=allow_widened)):
         hint = "load the published weights first; where the model has other names than the file, give `names`"
-        return problems, None if all(_IN_DTYPE in line for line in problems) else hint
+        return problems, hint if any(line.endswith((_OTHER_BITS, _ABSENT)) for line in problems) else None
     return [*_parted(manifest, live), *_entangled(manifest, live, now), *_unholdable(manifest, live, now)], None
 
 
@@ -52,7 +53,7 @@ def _mismatches(
         if name in absent:
             where = reparametrised_as(name, now)
             advice = f": it is reparametrised as {shown(where)}; freeze before, or without, the reparametrisation"
-            yield f'"{shown(name)}" is not in the model{advice if where else ""}'
+            yield f'"{shown(name)}" {_ABSENT}{advice if where else ""}'
         elif reason := next(filter(None, (unreadable(now[one]) for one in live.holding(name).live)), None):
             yield f'"{shown(name)}" {reason}'
             absent.add(name)
@@ -62,14 +63,14 @@ def _mismatches(
         if name in absent or (verdict == "dtype_only" and allow_widened):
             continue
         if verdict == "changed":
-            yield f'"{shown(name)}" has other bits: not loaded, or from another file'
+            yield f'"{shown(name)}" {_OTHER_BITS}'
         elif verdict in ("dtype", "dtype_only"):
             found = info_of(now[live.holding(name).live[0]]).dtype
             casts[manifest.tensors[name].dtype, found, verdict == "dtype_only"].append(name)
         else:
             yield difference.describe()
     for (expected, found, widened), names in casts.items():
-        line = f"{enumerate_names(names)}: expected {expected}, found {found}: {_IN_DTYPE}"
+        line = f"{enumerate_names(names)}: expected {expected}, found {found}: load the model in the published dtype"
         yield f"{line}; the values are the same, and `allow_widened=True` accepts them" if widened else line
 
 

@@ -58,9 +58,9 @@ class Watch:
 
         Raises:
             FreezeError: if the model does not hold what the manifest freezes.
-            UsageError: if the watch was used before.
+            UsageError: if names do not fit, or the watch was used before.
         """
-        if self.report is not None or self._handles:
+        if self._live is not None:
             raise UsageError("a watch is used once")
         manifest, live = self._manifest, LiveModel(self._model, self._manifest.tensors, self._names)
         with live.whole():

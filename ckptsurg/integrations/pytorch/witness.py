@@ -21,11 +21,13 @@ __all__ = ["Witness", "rows_that_others_train", "tied_to_trainable"]
 class Witness:
     """Looks at a model before each step of an optimizer.
 
-    It reads no tensor, but for gradients that should not be there, and for tensors without a gradient that an optimizer
-    of somebody else's steps: torch's own leave those alone.
+    It reads no frozen tensor, but for one without a gradient that an optimizer of somebody else's steps (torch's own
+    leave those alone), and once, at the beginning, embeddings with max_norm. Besides it reads gradients that should not
+    be there, with the optimizer's averages, and the counters of BatchNorm.
 
     Attributes:
-        causes: What was seen to move a frozen tensor, or about to, by the live name; the first that was seen.
+        causes: What was seen to move a frozen tensor, or about to, by the live name; the first that was seen, but one
+            that a gradient of zero left open gives way to a later one.
     """
 
     def __init__(self, live: LiveModel, roles: Roles, *, rows_are_held: bool = True) -> None:
@@ -54,7 +56,8 @@ class Witness:
         """Look before a step.
 
         Returns:
-            What the step is about to do wrong: cause codes by live name.
+            What is about to move, or to be stepped in the place of what the model has, or is in the wrong mode: cause
+            codes by live name.
         """
         now = self._live.now()
         stepped = {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
