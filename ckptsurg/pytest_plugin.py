@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
-__all__ = ["frozen_weights", "pytest_addoption", "pytest_collection_modifyitems", "pytest_configure"]
+__all__ = ["frozen_weights", "pytest_addoption", "pytest_configure", "pytest_runtest_call"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,19 +31,33 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A marker without its fixture would pass whatever happens."""
-    for item in items:
-        marked = item.get_closest_marker("frozen_weights") is not None
-        if marked and "frozen_weights" not in getattr(item, "fixturenames", ()):
-            raise pytest.UsageError(
-                f"{item.nodeid}: has the marker frozen_weights, and does not ask for the fixture of that name: "
-                "nothing would be checked"
-            )
+@dataclass
+class _Use:
+    """What a test did with the fixture."""
+
+    calls: int = 0
+    made: list[Any] = field(default_factory=list)
+
+
+_USE = pytest.StashKey[_Use]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """A test that passes although what it asked for was not checked fails."""
+    yield
+    use = item.stash.get(_USE, None)
+    if use is None:
+        if any(marker.name == "frozen_weights" for marker in item.own_markers):
+            pytest.fail("has the marker frozen_weights, and does not ask for the fixture of that name", pytrace=False)
+    elif not use.calls and item.get_closest_marker("frozen_weights") is not None:
+        pytest.fail("the fixture frozen_weights was not used: nothing was checked", pytrace=False)
+    elif any(not one.entered for one in use.made):
+        pytest.fail("frozen_weights(...) was not entered: write `with frozen_weights(...):`", pytrace=False)
 
 
 @pytest.fixture
-def frozen_weights(request: pytest.FixtureRequest) -> Iterator[Callable[..., AbstractContextManager[Any]]]:
+def frozen_weights(request: pytest.FixtureRequest) -> Callable[..., AbstractContextManager[Any]]:
     """Assert that a step of training leaves frozen weights as they are, bit by bit.
 
     ``with frozen_weights(model, freeze=["**", "!fc"]): step()``, or with ``manifest="out/freeze.json"``; without
@@ -50,12 +65,11 @@ def frozen_weights(request: pytest.FixtureRequest) -> Iterator[Callable[..., Abs
     """
     from .testing import frozen_weights
 
-    calls, made = 0, []
+    use = request.node.stash[_USE] = _Use()
 
     def watched(model: Any, freeze: Any = None, **options: Any) -> AbstractContextManager[Any]:
         __tracebackhide__ = True
-        nonlocal calls
-        calls += 1
+        use.calls += 1
         options = {name: value for name, value in options.items() if value is not None}
         if freeze is None and "manifest" not in options:
             if (marker := request.node.get_closest_marker("frozen_weights")) is not None:
@@ -71,11 +85,8 @@ def frozen_weights(request: pytest.FixtureRequest) -> Iterator[Callable[..., Abs
             path = request.config.getoption("--freeze-manifest")
             if freeze is None and options.get("manifest") is None and path is not None:
                 options["manifest"] = request.config.invocation_params.dir / path
-        made.append(frozen_weights(model, freeze, **options))
-        return made[-1]
+        made = frozen_weights(model, freeze, **options)
+        use.made.append(made)
+        return made
 
-    yield watched
-    if not calls and request.node.get_closest_marker("frozen_weights") is not None:
-        pytest.fail("the fixture frozen_weights was not used: nothing was checked", pytrace=False)
-    if any(not one.entered for one in made):
-        pytest.fail("frozen_weights(...) was not entered: write `with frozen_weights(...):`", pytrace=False)
+    return watched

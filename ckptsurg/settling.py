@@ -55,6 +55,8 @@ def with_causes(drifted: Sequence[Difference], evidence: Evidence) -> list[Diffe
 
 #: Fewer elements may go one way by chance.
 _LEAST_CHANGED = 16
+#: One element alone may be on a grid by chance.
+_LEAST_COARSE = 2
 #: One matrix alone may be anything; adapters sit on several.
 _LEAST_MERGED = 2
 
@@ -160,7 +162,7 @@ class _Settling:
         return (
             len(traits) >= _LEAST_MERGED
             and all(one.is_rounding_of_sums for one in traits)
-            and any(one.coarse for one in traits)
+            and sum(one.coarse for one in traits) >= _LEAST_COARSE
             and not self._traits(lambda rank: rank == 1)
             and self._some_held(lambda rank: rank == 1)
         )

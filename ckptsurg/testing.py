@@ -46,9 +46,10 @@ def assert_bit_identical(a: TensorsLike, b: TensorsLike) -> None:
 def _refuse_same_memory(a: TensorsLike, b: TensorsLike) -> None:
     """A state dict is a view of its model: it changes with it, so that comparing the two shows nothing."""
     one, other = _addresses(a), _addresses(b)
-    if shared := [name for name, address in one.items() if address and address == other.get(name)]:
+    both = [name for name, address in one.items() if address and other.get(name)]
+    if both and all(one[name] == other[name] for name in both):
         raise UsageError(
-            f"both sides are the same memory, such as {shown(shared[0])}",
+            f"both sides are the same memory, such as {shown(both[0])}",
             hint="keep a copy before training: {name: tensor.clone() for name, tensor in model.state_dict().items()}",
         )
 

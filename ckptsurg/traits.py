@@ -151,7 +151,7 @@ class Traits:
         outwards = np.abs(now) - np.abs(was)
         self.shrank += int((outwards < 0).sum())
         self.rose += int((outwards > 0).sum())
-        place = np.spacing(np.abs(was)) * (self.epsilon / np.finfo(np.float64).eps)
+        place = self._place(was)
         self.ulps = max(self.ulps, float((distance / place).max()))
         coarse = np.isfinite(distance) & (distance > _COARSE_ULPS * place)
         grid = np.exp2(np.floor(np.log2(distance[coarse])))
@@ -160,6 +160,11 @@ class Traits:
         self.relative = max(self.relative, float((distance / np.maximum(np.abs(was), self.smallest)).max()))
         self.largest = max(self.largest, float(distance.max()))
         self.scale = max(self.scale, float(np.abs(was).max()), float(np.abs(now).max()))
+
+    def _place(self, values: NDArray[Any]) -> NDArray[Any]:
+        """The unit in the last place of each value of the dtype; that of the smallest numbers is all the same."""
+        place: NDArray[Any] = np.spacing(np.abs(values)) * (self.epsilon / np.finfo(np.float64).eps)
+        return np.asarray(np.maximum(place, self.smallest * self.epsilon))
 
     # --- Laws ---
 
@@ -214,7 +219,8 @@ class Traits:
         """
         scattered = self.changed < SCATTERED * self.elements
         # The sum is at most twice the scale, so half its last place is epsilon * scale; the difference rounds again.
-        return bool(self.epsilon) and scattered and self.largest <= 2 * self.epsilon * self.scale and self.on_grid
+        small = self.largest <= 2 * self.epsilon * self.scale
+        return bool(self.epsilon) and scattered and small and self.on_grid
 
     @property
     def is_rounding_of_products(self) -> bool:

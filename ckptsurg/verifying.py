@@ -320,15 +320,21 @@ def diff(a: TensorSource, b: TensorSource, *, progress: Progress | None = None) 
                 raise CheckpointError(f'{a.label}, {b.label}: "{shown(name)}" changed while it was compared')
             differences.append(Difference(name=name, verdict=found[0], detail=found[1]))
             traits[name] = found[2]
+    changed = {difference.name for difference in differences}
     evidence = Evidence(
         names=a.tensors.keys(),
         given={unwrapped(name) for name in b.tensors} if differences else (),
         ranks={name: len(info.shape) for name, info in a.tensors.items() if info.dtype in FLOATS},
         traits=traits,
+        standing={name for name in a.tensors if name not in changed and _has_counted(a, name)} if changed else (),
     )
     differences = with_causes(differences, evidence)
     differences += [Difference(name=name, verdict="added") for name in b.tensors if name not in a.tensors]
     return DiffReport(ok=not differences, tensors=tuple(differences))
+
+
+def _has_counted(source: TensorSource, name: str) -> bool:
+    return name.endswith("num_batches_tracked") and any(any(bytes(chunk)) for chunk in source.read(name))
 
 
 def _reader(source: TensorSource, name: str) -> Callable[[], Iterator[Buffer]]:

@@ -42,7 +42,7 @@ pytestmark = [
 # --- What saving does -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "alpha"), [(torch.float32, 8), (torch.float32, 256), (torch.bfloat16, 16)])
+@pytest.mark.parametrize(("dtype", "alpha"), [(torch.float32, 64), (torch.float32, 256), (torch.bfloat16, 16)])
 def test_an_adapter_that_was_merged_and_unmerged(tmp_path, dtype, alpha):
     model = tiny_llama().to(dtype)
     before = state(model)

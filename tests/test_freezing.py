@@ -297,6 +297,16 @@ def test_meta_tensors_are_refused(manifest):
     _refused(empty, manifest, "is on the meta device: it has no values yet")
 
 
+def test_a_strided_element_has_bytes_too():
+    model = nn.Module()
+    model.scale = nn.Parameter(torch.arange(4.0)[3::2])
+    model.rows = nn.Parameter(torch.arange(10.0)[::2])
+    frozen = ckptsurg.freeze(model, ckptsurg.make_manifest(["scale", {"match": "rows", "rows": "[:1]"}], model))
+    assert frozen.moved() == [] and frozen.verify().ok
+    model.scale.data += 1
+    assert frozen.moved() == ["scale"]
+
+
 def test_quantised_tensors_are_refused(model, manifest):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch will drop these tensors; checkpoints have them still

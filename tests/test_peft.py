@@ -317,7 +317,7 @@ def test_a_base_that_is_not_here(name, said, llama, adapter):
 def test_the_command_says_what_is_wrong_with_an_adapter(llama, adapter):
     _configure(adapter, base_model_name_or_path="somebody/some-model")
     told = _run("verify", llama, adapter, code=2).stderr
-    assert '"somebody/some-model" is not on this machine' in told and "hint: verify the base" in told
+    assert '"somebody/some-model" is not on this machine' in told and "hint: bring the base here" in told
     (adapter / "adapter_config.json").write_text("{")
     assert "adapter_config.json: not JSON" in _run("verify", llama, adapter, code=3).stderr
 

@@ -489,19 +489,42 @@ def _imported(folder: Path, source: str) -> set[str]:
     return set(json.loads((folder / "imported.json").read_text()))
 
 
-def test_what_would_check_nothing_is_an_error(project):
-    _tests(project, "def test_it(frozen_weights):\n    frozen_weights(make_model(), freeze='body')\n")
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (
+            "def test_it(frozen_weights):\n    frozen_weights(make_model(), freeze='body')",
+            "was not entered: write `with",
+        ),
+        ("MARK\ndef test_it(frozen_weights):\n    pass", "the fixture frozen_weights was not used"),
+        ("MARK\ndef test_it():\n    pass", "does not ask for the fixture of that name"),
+    ],
+)
+def test_what_would_check_nothing_fails(project, source, said):
+    _tests(project, source.replace("MARK", "@pytest.mark.frozen_weights(freeze='body')"))
     result = project.runpytest_inprocess()
-    result.assert_outcomes(passed=1, errors=1)
-    assert "was not entered: write `with frozen_weights(...):`" in result.stdout.str()
-    marker = "@pytest.mark.frozen_weights(freeze='body')\n"
-    _tests(project, f"{marker}def test_it(frozen_weights):\n    pass\n")
-    result = project.runpytest_inprocess()
-    result.assert_outcomes(passed=1, errors=1)
-    assert "the fixture frozen_weights was not used: nothing was checked" in result.stdout.str()
-    _tests(project, f"{marker}def test_it():\n    pass\n")
-    result = project.runpytest_inprocess()
-    assert result.ret != 0 and "does not ask for the fixture of that name" in result.stderr.str()
+    result.assert_outcomes(failed=1)
+    assert said in result.stdout.str()
+
+
+def test_a_mark_on_a_module_asks_nothing_of_its_other_tests(project):
+    _tests(
+        project,
+        """
+pytestmark = pytest.mark.frozen_weights(freeze="body")
+
+def test_without():
+    pass
+
+def test_skipped(frozen_weights):
+    pytest.skip("not now")
+
+def test_with(request):
+    with request.getfixturevalue("frozen_weights")(make_model()):
+        pass
+""",
+    )
+    project.runpytest_inprocess().assert_outcomes(passed=2, skipped=1)
 
 
 def test_a_plugin_that_is_not_used_imports_nothing(tmp_path):

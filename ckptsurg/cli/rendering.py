@@ -163,7 +163,8 @@ def show_plan(spec: Spec, plan: Plan) -> None:
             break
     console.print(table)
     drawn = [tensor for tensor in plan.output if tensor.init is not None]
-    if drawn:
+    with_rows = [tensor for tensor in plan.output if tensor.rows is not None]
+    if drawn or with_rows:
         console.print()
     for tensor in drawn[:_ROWS]:
         line = Text(f"{shown(tensor.name)}  ")
@@ -173,7 +174,7 @@ def show_plan(spec: Spec, plan: Plan) -> None:
         console.print(line, soft_wrap=True)
     if len(drawn) > _ROWS:
         console.print(f"... and {len(drawn) - _ROWS:,} more; --json lists all")
-    for tensor in [tensor for tensor in plan.output if tensor.rows is not None][:_ROWS]:
+    for tensor in with_rows[:_ROWS]:
         assert tensor.rows is not None
         console.print(
             f"{shown(tensor.name)}  rows {tensor.rows[0]:,} to {tensor.rows[1] - 1:,} are frozen, the rest trains"
@@ -184,7 +185,7 @@ def show_plan(spec: Spec, plan: Plan) -> None:
         console.print(f"config.json  {shown(path)} goes", soft_wrap=True)
     output = plan.output
     console.print()
-    partly = sum(tensor.rows is not None for tensor in output)
+    partly = len(with_rows)
     said = f"{plan.counts['frozen'] - partly:,} frozen" + (f", {partly:,} in part" if partly else "")
     total = size(sum(tensor.info.nbytes for tensor in output))
     console.print(f"output: {counted(len(output))}, {total}; {said}, {plan.counts['trainable']:,} trainable")

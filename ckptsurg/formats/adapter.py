@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -40,8 +40,9 @@ def base_of_adapter(folder: Path) -> Path | None:
     name = document.get("base_model_name_or_path") if isinstance(document, dict) else None
     if isinstance(name, str) and name:
         for candidate in (Path(name), folder / name):
-            if candidate.exists():
-                return candidate
+            with suppress(OSError):  # a name may be no path at all
+                if candidate.exists():
+                    return candidate
     said = f'"{shown(name)}" is not on this machine' if isinstance(name, str) and name else "it does not say which"
     raise UsageError(
         f"{shown(folder)}: an adapter alone: what is frozen is in its base, and {said}",

@@ -67,11 +67,6 @@ def freeze(
         raise UsageError(f'extra: expected "keep" or "error", found {shown(extra)}')
     if not isinstance(model, nn.Module):
         raise UsageError(f"expected a model of torch, found {shown(type(model).__name__)}")
-    if isinstance(model, nn.parallel.DistributedDataParallel) and not model.find_unused_parameters:
-        raise FreezeError(
-            "the model is wrapped by DistributedDataParallel already, which waits for gradients that will not come",
-            hint="freeze before wrapping",
-        )
     manifest.require_frozen()
     live = LiveModel(model, manifest.tensors, names)
     with live.whole():
@@ -83,6 +78,11 @@ def freeze(
             listed = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
             lines = [f"the model ({type(model).__name__}) cannot be frozen:", *listed]
             raise FreezeError("\n  ".join(lines), hint=hint)
+        if _waits_for_gradients(live, manifest):
+            raise FreezeError(
+                "the model is wrapped by DistributedDataParallel already, which waits for gradients that will not come",
+                hint="freeze before wrapping",
+            )
         if unknown:
             message = f"left as they are, the manifest lacks them: {enumerate_names(unknown)}"
             warnings.warn(message, UserWarning, stacklevel=3)
@@ -103,6 +103,18 @@ def _extra_parameters(live: LiveModel) -> tuple[str, ...]:
         name
         for name, tensor in now.items()
         if name not in known and isinstance(tensor, nn.Parameter) and id(tensor) not in held and not _is_spare(name)
+    )
+
+
+def _waits_for_gradients(live: LiveModel, manifest: Manifest) -> bool:
+    """Whether DDP has been told of gradients that a freeze does away with."""
+    now = live.now()
+    stopped = {id(now[name]) for name in live.roles(manifest).frozen if now[name].requires_grad}
+    return any(
+        isinstance(module, nn.parallel.DistributedDataParallel)
+        and not (module.find_unused_parameters or module.static_graph)
+        and any(id(parameter) in stopped for parameter in module.parameters())
+        for module in live.model.modules()
     )
 
 

@@ -78,7 +78,7 @@ class Lanes:
     def _as_small(self, piece: Piece) -> tuple[torch.Tensor, int] | None:
         """The bytes of a small piece, shape [n], and the row that it begins; None if it is large, or begins none."""
         tensor, size = piece.tensor, piece.tensor.element_size()
-        if not 0 < tensor.numel() * size <= _PACKED:
+        if not 0 < tensor.numel() * size <= _PACKED or tensor.shape[1:] != torch.Size(piece.shape[1:]):
             return None
         runs = list(_runs(tensor, piece.offsets, piece.shape, 0, _PACKED // size))
         if len(runs) != 1 or runs[0][1] * size % (ROW * WORD):
@@ -272,7 +272,7 @@ def _runs(
     start += offsets[0] * row if offsets else 0
     fills_rows = tensor.shape[1:] == torch.Size(shape[1:])
     if fills_rows and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
-        yield tensor.view(-1), start
+        yield _unit_stride(tensor.view(-1)), start
     elif not tensor.dim():
         yield tensor.resolve_conj().resolve_neg().view(1), start
     elif rows := most // row:
@@ -283,10 +283,15 @@ def _runs(
                 places = zip(offsets[1:], part.shape[1:], strict=True)
                 window[:, *(slice(offset, offset + size) for offset, size in places)] = part
                 part = window
-            yield part.contiguous().resolve_conj().resolve_neg().view(-1), start + first * row
+            yield _unit_stride(part.contiguous().resolve_conj().resolve_neg().view(-1)), start + first * row
     else:
         for index, inner in enumerate(tensor):
             yield from _runs(inner, offsets[1:], shape[1:], start + index * row, most)
+
+
+def _unit_stride(run: torch.Tensor) -> torch.Tensor:
+    """One element is contiguous by torch's word, whatever its stride, but then not to be seen as bytes."""
+    return run.as_strided((1,), (1,)) if len(run) == 1 else run
 
 
 def _words(run: torch.Tensor, start: int, most: int) -> Iterator[tuple[torch.Tensor, int]]:

@@ -68,7 +68,10 @@ def bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
     if not tensor.numel():
         return
     plain = whole_of(tensor).resolve_conj().resolve_neg()
-    raw = plain.cpu().contiguous().reshape(-1).view(torch.uint8)
+    flat = plain.cpu().contiguous().reshape(-1)
+    if len(flat) == 1:  # contiguous by torch's word, whatever its stride, but then not to be seen as bytes
+        flat = flat.as_strided((1,), (1,))
+    raw = flat.view(torch.uint8)
     view = np.from_dlpack(raw).data  # numpy() would forbid FullyShardedDataParallel to free the storage
     for start in range(0, len(view), CHUNK_BYTES):
         yield view[start : start + CHUNK_BYTES]

@@ -155,7 +155,9 @@ class Witness:
         return {
             path: module.num_batches_tracked.detach()
             for path, module in self._live.model.named_modules()
-            if isinstance(module, _BatchNorm) and module.num_batches_tracked is not None
+            if isinstance(module, _BatchNorm)
+            and module.num_batches_tracked is not None
+            and not unreadable(module.num_batches_tracked)
         }
 
     def _look_at_modes(self) -> None:
@@ -186,7 +188,7 @@ class Witness:
         }
         now = self._live.now()
         counts = self._counters()
-        stood = {path for path, then in self._counts.items() if path in counts and bool(counts[path].eq(then))}
+        stood = {path for path, then in self._counts.items() if path in counts and torch.equal(counts[path], then)}
         for name in (*self._frozen, *self._rows):
             if name not in now or id(now[name]) not in owners:
                 continue
@@ -255,8 +257,11 @@ def rows_that_others_train(
 
 def _identity(tensor: torch.Tensor) -> tuple[int, ...]:
     """Tells a parameter from others, and from one that got its place in memory later."""
-    local = tensor.detach() if as_dtensor(tensor) is None else as_dtensor(tensor).to_local().detach()
-    return id(tensor), 0 if unreadable(local) else local.data_ptr(), *tensor.shape
+    if unreadable(tensor):
+        return (id(tensor),)
+    sharded = as_dtensor(tensor)
+    local = tensor.detach() if sharded is None else sharded.to_local().detach()
+    return id(tensor), local.data_ptr(), *tensor.shape
 
 
 def _rows_of(gradient: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor:
