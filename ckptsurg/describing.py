@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from .checkpoints import Checkpoint
-from .errors import UsageError
 from .manifest import BaseFile, FrozenRows, Manifest, Origin, SpecIdentity, TensorRecord
 from .metering import Meter, Progress
 from .plans import Action, Plan, PlannedTensor
 from .spec import Spec
-from .tensors import DTYPE_BITS, Buffer, Digester, TensorSource, row_span
-from .wording import shown
+from .tensors import Buffer, Digester, TensorSource, refuse_foreign_dtypes, row_span, section
 
 __all__ = ["Recorder", "base_files", "describe"]
 
@@ -33,10 +31,7 @@ def describe(
         CheckpointError: if the source turns out to be damaged, or changes meanwhile.
         SystemFailure: if it cannot be read.
     """
-    for tensor in plan.output:
-        if tensor.dtype not in DTYPE_BITS:
-            message = f'"{shown(tensor.name)}" is {tensor.dtype}, which safetensors does not have'
-            raise UsageError(f"{source.label}: {message}")
+    refuse_foreign_dtypes(source)
     meter = Meter(sum(tensor.info.nbytes for tensor in plan.output), progress)
     records: dict[str, TensorRecord] = {}
     for tensor in plan.output:
@@ -63,8 +58,8 @@ class Recorder:
     def update(self, data: Buffer) -> None:
         self._whole.update(data)
         start, stop = (max(place - self._position, 0) for place in self._span)
-        if start < stop:
-            self._rows.update(memoryview(data)[start:stop])
+        for part in section([data], (start, stop)):
+            self._rows.update(part)
         self._position += len(data)
 
     def record(self) -> TensorRecord:

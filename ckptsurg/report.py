@@ -123,6 +123,11 @@ class Report(Document):
             causes = {difference.name: difference.cause for difference in self.drifted if difference.cause}
             raise FrozenWeightsChanged(when + self.summary(), causes=causes)
 
+    def describe_untrained(self) -> str:
+        """What did not move, in one line."""
+        names = self.untrained or ()
+        return f"{counted(len(names), 'trainable tensor')} did not move: {enumerate_names(names)}"
+
     def summary(self, limit: int = 20) -> str:
         """What is wrong, a tensor a line."""
         if self.drifted:
@@ -130,8 +135,7 @@ class Report(Document):
             head = f"{counted(count, 'frozen tensor')} changed:"
             lines = [difference.describe() for difference in self.drifted]
             if self.untrained:
-                names = enumerate_names(self.untrained)
-                lines.append(f"{counted(len(self.untrained), 'trainable tensor')} did not move: {names}")
+                lines.append(self.describe_untrained())
         elif self.untrained:
             head = f"{counted(len(self.untrained), 'trainable tensor')} did not move:"
             lines = [shown(name) for name in self.untrained]

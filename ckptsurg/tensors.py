@@ -11,6 +11,9 @@ from typing import Protocol, TypeAlias
 
 from blake3 import blake3
 
+from .errors import UsageError
+from .wording import shown
+
 __all__ = [
     "ALGORITHMS",
     "CHUNK_BYTES",
@@ -21,6 +24,7 @@ __all__ = [
     "TensorSource",
     "algorithm_of",
     "digest_of",
+    "refuse_foreign_dtypes",
     "row_span",
     "section",
 ]
@@ -105,6 +109,13 @@ class TensorSource(Protocol):
 
         A chunk is valid until the next one is asked for.
         """
+
+
+def refuse_foreign_dtypes(source: TensorSource) -> None:
+    """Raise UsageError, naming the first tensor whose dtype safetensors does not have."""
+    for name, info in source.tensors.items():
+        if info.dtype not in DTYPE_BITS:
+            raise UsageError(f'{source.label}: "{shown(name)}" is {info.dtype}, which safetensors does not have')
 
 
 class _Hash(Protocol):

@@ -12,7 +12,7 @@ from .coercing import ManifestLike, TensorsLike, is_model
 from .errors import CkptsurgError, FrozenWeightsChanged, UsageError
 from .renaming import Renaming
 from .report import Detail, Difference, Report
-from .wording import counted, enumerate_names, shown
+from .wording import counted, shown
 
 if TYPE_CHECKING:
     import torch
@@ -136,8 +136,7 @@ def _told(report: Report | None) -> str:
     head = f"{counted(len(report.drifted), 'frozen tensor')} changed:"
     lines = [head, _table(report.drifted), *map(explained, causes)]
     if report.untrained:
-        names = enumerate_names(report.untrained)
-        lines.append(f"{counted(len(report.untrained), 'trainable tensor')} did not move: {names}")
+        lines.append(report.describe_untrained())
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ from .metering import Meter, Progress
 from .renaming import Renaming, align, common_prefix, renamed, unwrapped
 from .report import Difference, DiffReport, Report
 from .settling import Evidence, with_causes
-from .tensors import DTYPE_BITS, Buffer, TensorInfo, TensorSource, algorithm_of, digest_of
+from .tensors import DTYPE_BITS, Buffer, TensorInfo, TensorSource, algorithm_of, digest_of, refuse_foreign_dtypes
 from .traits import FLOATS, Traits
 from .wording import shown
 
@@ -152,14 +152,17 @@ def _check(name: str, record: TensorRecord, trained: TensorSource, partner: str,
     if not _has_room(info, record):
         return Difference(name=name, verdict="shape", detail=expected)
     held = record.held_bytes(meter.over(trained.read(partner)), info)
+    is_same = _digest_in(record.dtype, held, info.dtype, algorithm) == record.held_digest
     if info.dtype != record.dtype:
-        widened = is_wider(info.dtype, record.dtype) and (
-            narrowed_digest(held, info.dtype, record.dtype, algorithm) == record.held_digest
-        )
-        return Difference(name=name, verdict="dtype_only" if widened else "dtype", detail=expected)
-    if digest_of(held, algorithm) == record.held_digest:
-        return None
-    return Difference(name=name, verdict="changed")
+        return Difference(name=name, verdict="dtype_only" if is_same else "dtype", detail=expected)
+    return None if is_same else Difference(name=name, verdict="changed")
+
+
+def _digest_in(dtype: str, chunks: Iterable[Buffer], own: str, algorithm: str) -> str | None:
+    """The digest of a tensor of that dtype, or of one that is wider without need; None if it is neither."""
+    if own == dtype:
+        return digest_of(chunks, algorithm)
+    return narrowed_digest(chunks, own, dtype, algorithm) if is_wider(own, dtype) else None
 
 
 def _has_room(info: TensorInfo, record: TensorRecord) -> bool:
@@ -189,13 +192,11 @@ def _untrained(
 
 def _has_digest(record: TensorRecord, trained: TensorSource, partner: str, meter: Meter) -> bool:
     """Whether a tensor is all that its record says, if in a wider dtype."""
-    info, algorithm = trained.tensors[partner], algorithm_of(record.digest)
+    info = trained.tensors[partner]
     if info.shape != record.shape:
         return False
-    if is_wider(info.dtype, record.dtype):
-        chunks = meter.over(trained.read(partner))
-        return narrowed_digest(chunks, info.dtype, record.dtype, algorithm) == record.digest
-    return info.dtype == record.dtype and digest_of(meter.over(trained.read(partner)), algorithm) == record.digest
+    chunks = meter.over(trained.read(partner))
+    return _digest_in(record.dtype, chunks, info.dtype, algorithm_of(record.digest)) == record.digest
 
 
 def _moving_twins(
@@ -302,9 +303,7 @@ def diff(a: TensorSource, b: TensorSource, *, progress: Progress | None = None) 
         SystemFailure: if one of them cannot be read.
     """
     for source in (a, b):
-        if odd := next((name for name, info in source.tensors.items() if info.dtype not in DTYPE_BITS), None):
-            dtype = source.tensors[odd].dtype
-            raise UsageError(f'{source.label}: "{shown(odd)}" is {dtype}, which safetensors does not have')
+        refuse_foreign_dtypes(source)
     meter = Meter(sum(info.nbytes for name, info in a.tensors.items() if b.tensors.get(name) == info), progress)
     differences: list[Difference] = []
     traits: dict[str, Traits] = {}

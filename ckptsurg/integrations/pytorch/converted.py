@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from ...errors import FreezeError
 from ...wording import shown
 from .parts import Part
+from .tensors import without_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -117,7 +118,7 @@ def _groups(model: PreTrainedModel, live: Mapping[str, torch.Tensor]) -> list[_G
         return None
     twins: dict[str, torch.Tensor] = {}
     for name, tensor in live.items():
-        twins[name] = twin = _without_memory(tensor).as_subclass(_Traced)
+        twins[name] = twin = without_memory(tensor).as_subclass(_Traced)
         twin.made_of = frozenset((name,))
     try:
         saved = _reverted(model, twins)
@@ -155,10 +156,6 @@ def _reverted(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[
     return saved
 
 
-def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-
-
 def _is_renamed(group: _Group, twins: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> bool:
     return len(group.live) == len(group.saved) == 1 and saved[group.saved[0]] is twins[group.live[0]]
 
@@ -187,7 +184,7 @@ def _separable(
 
     def holds(group: _Group) -> bool:
         try:
-            alone = _reverted(model, {name: _without_memory(live[name]) for name in group.live})
+            alone = _reverted(model, {name: without_memory(live[name]) for name in group.live})
         except Exception:  # a conversion that wants more than its own tensors
             return False
         return alone.keys() == set(group.saved) and all(alone[name].shape == saved[name].shape for name in group.saved)

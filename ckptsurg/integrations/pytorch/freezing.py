@@ -24,7 +24,7 @@ from ...verifying import verify
 from ...wording import counted, enumerate_names, shown
 from .guard import Guard
 from .holds import StaysInEvaluation, moves_in_training
-from .live import LiveModel
+from .live import LiveModel, Roles
 from .marks import Marks
 from .refusals import refusals
 from .rows import HeldRows
@@ -70,15 +70,16 @@ def freeze(
     manifest.require_frozen()
     live = LiveModel(model, manifest.tensors, names)
     with live.whole():
-        problems, hint = refusals(manifest, live, allow_widened=allow_widened)
-        unknown = _extra_parameters(live)
+        now, roles = live.now(), live.roles(manifest)
+        problems, hint = refusals(manifest, live, now, roles, allow_widened=allow_widened)
+        unknown = _extra_parameters(now, roles)
         if extra == "error" and unknown:
             problems.append(f"parameters that the manifest lacks: {enumerate_names(unknown)}")
         if problems:
             listed = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
             lines = [f"the model ({type(model).__name__}) cannot be frozen:", *listed]
             raise FreezeError("\n  ".join(lines), hint=hint)
-        if _waits_for_gradients(live, manifest):
+        if _waits_for_gradients(model, now, roles):
             raise FreezeError(
                 "the model is wrapped by DistributedDataParallel already, which waits for gradients that will not come",
                 hint="freeze before wrapping",
@@ -86,7 +87,7 @@ def freeze(
         if unknown:
             message = f"left as they are, the manifest lacks them: {enumerate_names(unknown)}"
             warnings.warn(message, UserWarning, stacklevel=3)
-        if copies := _frozen_copies(live, manifest):
+        if copies := _frozen_copies(model, now, roles):
             message = (
                 f"{enumerate_names(copies)}: PEFT made a copy to train (modules_to_save), and the manifest freezes it"
             )
@@ -94,10 +95,9 @@ def freeze(
         return FrozenModel(live, manifest, unknown, names=names, allow_widened=allow_widened)
 
 
-def _extra_parameters(live: LiveModel) -> tuple[str, ...]:
+def _extra_parameters(now: Mapping[str, torch.Tensor], roles: Roles) -> tuple[str, ...]:
     """Parameters that have no partner in the manifest, and that are no second name of one that has."""
-    now = live.now()
-    known = {one for name in live.partners for one in live.holding(name).live}
+    known = {*roles.frozen, *roles.rows, *roles.trainable}
     held = {id(now[name]) for name in known}
     return tuple(
         name
@@ -106,25 +106,23 @@ def _extra_parameters(live: LiveModel) -> tuple[str, ...]:
     )
 
 
-def _waits_for_gradients(live: LiveModel, manifest: Manifest) -> bool:
+def _waits_for_gradients(model: nn.Module, now: Mapping[str, torch.Tensor], roles: Roles) -> bool:
     """Whether DDP has been told of gradients that a freeze does away with."""
-    now = live.now()
-    stopped = {id(now[name]) for name in live.roles(manifest).frozen if now[name].requires_grad}
+    stopped = {id(now[name]) for name in roles.frozen if now[name].requires_grad}
     return any(
         isinstance(module, nn.parallel.DistributedDataParallel)
         and not (module.find_unused_parameters or module.static_graph)
         and any(id(parameter) in stopped for parameter in module.parameters())
-        for module in live.model.modules()
+        for module in model.modules()
     )
 
 
-def _frozen_copies(live: LiveModel, manifest: Manifest) -> list[str]:
+def _frozen_copies(model: nn.Module, now: Mapping[str, torch.Tensor], roles: Roles) -> list[str]:
     """Frozen tensors of modules that PEFT has copied to train the copy."""
-    now = live.now()
-    frozen = {id(now[name]): name for name in live.roles(manifest).frozen}
+    frozen = {id(now[name]): name for name in roles.frozen}
     return [
         frozen[id(parameter)]
-        for name, parameter in live.model.named_parameters()
+        for name, parameter in model.named_parameters()
         if ".modules_to_save." in name and id(parameter) in frozen and parameter.requires_grad
     ]
 
@@ -167,6 +165,7 @@ class FrozenModel:
         self._live = live
         self._number = next(_NUMBERS)
         roles, now = live.roles(manifest), live.now()
+        self._roles = roles
         # What may fail comes before what changes the model.
         self._marks = Marks(live, roles)
         self._rows = HeldRows(live.model, roles.rows) if roles.rows else None
@@ -216,7 +215,7 @@ class FrozenModel:
     def frozen_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What the model has now of the tensors that are frozen as a whole, by its own names; looked up every time."""
         now = self._live.now()
-        return ((name, now[name]) for name in self._live.roles(self.manifest).frozen if name in now)
+        return ((name, now[name]) for name in self._roles.frozen if name in now)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters that train: what an optimizer is built from.
@@ -253,17 +252,7 @@ class FrozenModel:
                 from ...formats import open_checkpoint
 
                 baseline = stack.enter_context(open_checkpoint(Path(baseline)))
-            stack.enter_context(self._live.whole())
-            return verify(
-                self.manifest,
-                self._live.source(),
-                baseline=baseline,
-                allow_widened=True,
-                expect_trained=expect_trained,
-                witnessed=self._witness.by_saved_name(),
-                saved=False,
-                also_given=self._live.names,
-            )
+            return self._witness.verify(self.manifest, baseline, expect_trained=expect_trained)
 
     def verify_saved(self, saved: str | os.PathLike[str] | Mapping[str, torch.Tensor], prefix: str = "") -> Report:
         """Prove that what was saved of the model, or is about to be, has the frozen bits.
@@ -313,7 +302,7 @@ class FrozenModel:
             optimizer,
             self._witness,
             self._marks,
-            lambda: self.verify(),
+            self.verify,
             every=every,
             at_the_end=lambda: self.verify(expect_trained=expect_trained),
         )

@@ -17,7 +17,7 @@ from ...renaming import Renaming, align, renamed, unwrapped
 from ...tensors import Buffer, TensorInfo
 from ...wording import shown
 from .parts import Part
-from .tensors import bytes_of, info_of, live_tensors, unreadable, whole_of
+from .tensors import bytes_of, info_of, live_tensors, unreadable, whole_of, without_memory
 
 __all__ = ["LiveModel", "LiveTensors", "Roles", "source_of"]
 
@@ -240,5 +240,5 @@ class LiveTensors:
 def _infos(part: Part, live: Mapping[str, torch.Tensor]) -> dict[str, TensorInfo]:
     if part.split is None:
         return {part.saved[0]: info_of(live[part.live[0]])}
-    twins = {name: torch.empty(live[name].shape, dtype=live[name].dtype, device="meta") for name in part.live}
+    twins = {name: without_memory(live[name]) for name in part.live}
     return {name: info_of(tensor) for name, tensor in part.cut(twins).items()}

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 import torch
+from torch import nn
 
 from ...manifest import Manifest
 from ...renaming import common_prefix
@@ -13,7 +14,7 @@ from ...settling import moving_buffer, reparametrised_as
 from ...verifying import verify
 from ...wording import enumerate_names, shown
 from .holds import silenced, unholdable
-from .live import LiveModel
+from .live import LiveModel, Roles
 from .tensors import info_of, unreadable
 from .witness import rows_that_others_train, tied_to_trainable
 
@@ -24,13 +25,14 @@ _OTHER_BITS = "has other bits: not loaded, or from another file"
 _ABSENT = "is not in the model"
 
 
-def refusals(manifest: Manifest, live: LiveModel, *, allow_widened: bool) -> tuple[list[str], str | None]:
+def refusals(
+    manifest: Manifest, live: LiveModel, now: Mapping[str, torch.Tensor], roles: Roles, *, allow_widened: bool
+) -> tuple[list[str], str | None]:
     """Everything that stands against the freeze, a line each with the tensor's name; and a hint where one helps."""
-    now = live.now()
     if problems := list(_mismatches(manifest, live, now, allow_widened=allow_widened)):
         hint = "load the published weights first; where the model has other names than the file, give `names`"
         return problems, hint if any(line.endswith((_OTHER_BITS, _ABSENT)) for line in problems) else None
-    return [*_parted(manifest, live), *_entangled(manifest, live, now), *_unholdable(manifest, live, now)], None
+    return [*_parted(manifest, live), *_entangled(now, roles), *_unholdable(live.model, now, roles)], None
 
 
 def _mismatches(
@@ -92,9 +94,8 @@ def _parted(manifest: Manifest, live: LiveModel) -> Iterator[str]:
             )
 
 
-def _entangled(manifest: Manifest, live: LiveModel, now: Mapping[str, torch.Tensor]) -> Iterator[str]:
+def _entangled(now: Mapping[str, torch.Tensor], roles: Roles) -> Iterator[str]:
     """Frozen tensors that share memory with one that trains."""
-    roles = live.roles(manifest)
     tied = tied_to_trainable(now, roles.frozen, {*roles.trainable, *roles.rows})
     for one, other in (*tied, *rows_that_others_train(now, roles.rows)):
         yield (
@@ -103,16 +104,15 @@ def _entangled(manifest: Manifest, live: LiveModel, now: Mapping[str, torch.Tens
         )
 
 
-def _unholdable(manifest: Manifest, live: LiveModel, now: Mapping[str, torch.Tensor]) -> Iterator[str]:
+def _unholdable(model: nn.Module, now: Mapping[str, torch.Tensor], roles: Roles) -> Iterator[str]:
     """Frozen tensors that the forward pass writes to, whatever the mode."""
-    roles = live.roles(manifest)
     names = {id(now[name]): name for name in reversed((*roles.frozen, *roles.rows))}
     frozen = set(names)
     for name in roles.frozen:
         if moving_buffer(name, ()) == "observer":
             yield f'"{shown(name)}" is the history of an FP8 layer, which every forward pass goes on with; let it train'
-    quiet = silenced(live.model)
-    for module in live.model.modules():
+    quiet = silenced(model)
+    for module in model.modules():
         if module not in quiet and (reason := unholdable(module, frozen)):
             tensors = (*module._parameters.values(), *module.buffers())
             yield f'"{shown(next(names[id(one)] for one in tensors if id(one) in names))}" {reason}'

@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from ...errors import FreezeError
 from ...renaming import align
 from ...wording import shown
-from .steps import uncompiled, under_way
+from .steps import stepped_by, uncompiled, under_way
 from .tensors import as_dtensor, live_tensors
 
 __all__ = ["HeldRows", "put_back"]
@@ -46,20 +46,18 @@ class HeldRows:
         live = live_tensors(model) if model is not None else {}
         return {name: live[own] for name, own in align(self._rows, {name: name for name in live}).items()}
 
-    def mask(self, stepped: Collection[int] | None = None) -> None:
+    def mask(self) -> None:
         """Clear the gradients of the rows, so that they count in no norm that gradients are clipped by.
 
         To be called again where sharding may have put other parameters in the place of those that were masked.
 
-        Args:
-            stepped: Identities of the parameters that matter; None for all.
-
         Raises:
             FreezeError: if FullyShardedDataParallel has flattened one: its pieces have no rows.
         """
-        for name, tensor in self._parameters().items():
-            if stepped is not None and id(tensor) not in stepped:
-                continue
+        self._mask(self._parameters())
+
+    def _mask(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        for name, tensor in parameters.items():
             if getattr(tensor, "_fsdp_flattened", False):
                 raise FreezeError(
                     f'"{shown(name)}" is flattened by FullyShardedDataParallel: rows of it cannot be held',
@@ -75,11 +73,12 @@ class HeldRows:
                 hook = tensor.register_post_accumulate_grad_hook(clear)  # type: ignore[no-untyped-call]
                 self._masks[name] = hook
 
-    def set_aside(self, stepped: set[int]) -> None:
+    def set_aside(self, stepped: Collection[int]) -> None:
         """A step begins. One inside of another finds set aside what the other stepped too."""
-        self.mask(stepped)
-        for name, tensor in self._parameters().items():
-            if id(tensor) in stepped and name not in self._aside.bits:
+        parameters = {name: tensor for name, tensor in self._parameters().items() if id(tensor) in stepped}
+        self._mask(parameters)
+        for name, tensor in parameters.items():
+            if name not in self._aside.bits:
                 self._aside.bits[name] = [part.clone() for part in _local(tensor.detach(), self._rows[name])]
 
     def put_back(self, *, forget: bool) -> None:
@@ -149,7 +148,7 @@ def _watch_optimizers() -> None:
 def _before(optimizer: torch.optim.Optimizer, *_: object) -> None:
     if under_way() <= 1:
         put_back()  # what a step left that did not come to its end
-    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    stepped = stepped_by(optimizer)
     for held in [one for holds in _HELD.values() for one in holds]:
         held.set_aside(stepped)
 

@@ -8,7 +8,7 @@ from types import FrameType
 
 import torch
 
-__all__ = ["goes_backward", "uncompiled", "under_way"]
+__all__ = ["goes_backward", "stepped_by", "uncompiled", "under_way"]
 
 #: What torch (2.0 and later) wraps around the ``step`` of every optimizer; hooks run in it. It is looked for on the
 #: stack because a counter would stay up when a step raises. Were it not found, nested steps would pass for outer ones.
@@ -28,6 +28,11 @@ def under_way(optimizer: torch.optim.Optimizer | None = None) -> int:
             count += 1
         frame = frame.f_back
     return count
+
+
+def stepped_by(optimizer: torch.optim.Optimizer) -> dict[int, torch.Tensor]:
+    """The parameters of an optimizer, by identity."""
+    return {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def goes_backward(args: Sequence[object], options: Mapping[str, object]) -> bool:

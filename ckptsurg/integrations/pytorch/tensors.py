@@ -16,7 +16,17 @@ from ...errors import FreezeError
 from ...tensors import CHUNK_BYTES, TensorInfo
 from ...wording import shown
 
-__all__ = ["TorchTensors", "as_dtensor", "bytes_of", "info_of", "live_tensors", "unreadable", "whole_of"]
+__all__ = [
+    "TorchTensors",
+    "as_dtensor",
+    "bytes_of",
+    "info_of",
+    "live_tensors",
+    "local_of",
+    "unreadable",
+    "whole_of",
+    "without_memory",
+]
 
 _DTYPES = {
     getattr(torch, name): dtype
@@ -82,6 +92,18 @@ def whole_of(tensor: torch.Tensor) -> torch.Tensor:
     sharded = as_dtensor(tensor)
     whole: torch.Tensor = (tensor if sharded is None else sharded.full_tensor()).detach()
     return whole
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself; of a sharded one, what this process has of it, outside the graph."""
+    sharded = as_dtensor(tensor)
+    local: torch.Tensor = tensor if sharded is None else sharded.detach().to_local()
+    return local
+
+
+def without_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same dtype and shape that has no values."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def as_dtensor(tensor: torch.Tensor) -> Any:

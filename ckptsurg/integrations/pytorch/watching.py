@@ -64,13 +64,13 @@ class Watch:
             raise UsageError("a watch is used once")
         manifest, live = self._manifest, LiveModel(self._model, self._manifest.tensors, self._names)
         with live.whole():
-            found = verify(manifest, live.source(), allow_widened=True, saved=False)
+            source = live.source()
+            found = verify(manifest, source, allow_widened=True, saved=False)
             if not found.ok:
                 raise FreezeError(
                     f"the model ({type(self._model).__name__}) does not hold what the manifest freezes, "
                     f"or has changed since it was described: {found.summary(5)}"
                 )
-            source = live.source()
             copies = {name: whole_of(source.tensor(live.partners[name])).clone() for name in manifest.frozen}
             # What is in a wider dtype than the manifest's is no baseline of it.
             self._before = None if found.drifted else TorchTensors(copies, "the model before")
@@ -103,15 +103,5 @@ class Watch:
         self._handles = []
         if error is not None or self._live is None:
             return
-        with self._live.whole():
-            self.report = verify(
-                self._manifest,
-                self._live.source(),
-                baseline=self._before,
-                allow_widened=True,
-                expect_trained=self._expect_trained,
-                witnessed=self._witness.by_saved_name(),
-                saved=False,
-                also_given=self._live.names,
-            )
+        self.report = self._witness.verify(self._manifest, self._before, expect_trained=self._expect_trained)
         self.report.raise_if_changed()

@@ -9,11 +9,16 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ...manifest import Manifest
+from ...report import Report
 from ...settling import moving_buffer
+from ...tensors import TensorSource
+from ...verifying import verify
 from .fingerprint import Fingerprint, fingerprints
 from .holds import mover, moves_in_training, shrinks_rows
 from .live import LiveModel, Roles
-from .tensors import as_dtensor, unreadable
+from .steps import stepped_by
+from .tensors import as_dtensor, local_of, unreadable
 
 __all__ = ["Witness", "rows_that_others_train", "tied_to_trainable"]
 
@@ -59,8 +64,7 @@ class Witness:
             What is about to move, or to be stepped in the place of what the model has, or is in the wrong mode: cause
             codes by live name.
         """
-        now = self._live.now()
-        stepped = {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
+        now, stepped = self._live.now(), stepped_by(optimizer)
         about: dict[str, str] = {}
         without_gradient: list[str] = []
         for name in self._frozen:
@@ -107,8 +111,7 @@ class Witness:
         """Why a step is about to move a frozen tensor that has a gradient."""
         if name in self._tied:
             return "tied"
-        sharded = as_dtensor(gradient)
-        if bool((gradient if sharded is None else sharded.to_local()).any()):
+        if bool(local_of(gradient).any()):
             if not tensor.requires_grad:
                 return "late_freeze"
             return "never_frozen" if name in self._trained or name in self._rows else "reenabled"
@@ -163,6 +166,20 @@ class Witness:
     def _look_at_modes(self) -> None:
         """Note which modules are in training mode."""
         self._training.update(path for path, module in self._live.model.named_modules() if module.training)
+
+    def verify(self, manifest: Manifest, baseline: TensorSource | None, *, expect_trained: bool) -> Report:
+        """Prove that every frozen tensor of the model has its bits, with what was seen for the causes."""
+        with self._live.whole():
+            return verify(
+                manifest,
+                self._live.source(),
+                baseline=baseline,
+                allow_widened=True,
+                expect_trained=expect_trained,
+                witnessed=self.by_saved_name(),
+                saved=False,
+                also_given=self._live.names,
+            )
 
     def by_saved_name(self) -> dict[str, str]:
         """What is known of every frozen tensor, were it to have moved, by the checkpoint's names."""
@@ -259,9 +276,7 @@ def _identity(tensor: torch.Tensor) -> tuple[int, ...]:
     """Tells a parameter from others, and from one that got its place in memory later."""
     if unreadable(tensor):
         return (id(tensor),)
-    sharded = as_dtensor(tensor)
-    local = tensor.detach() if sharded is None else sharded.to_local().detach()
-    return id(tensor), local.data_ptr(), *tensor.shape
+    return id(tensor), local_of(tensor).data_ptr(), *tensor.shape
 
 
 def _rows_of(gradient: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor:
@@ -274,8 +289,7 @@ def _rows_of(gradient: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    sharded = as_dtensor(tensor)
-    return int((tensor if sharded is None else sharded.to_local()).untyped_storage().data_ptr())
+    return int(local_of(tensor).untyped_storage().data_ptr())
 
 
 def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -285,8 +299,7 @@ def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
     """First byte of a tensor in its storage, and the one after its last."""
-    sharded = as_dtensor(tensor)
-    tensor = tensor if sharded is None else sharded.to_local()
+    tensor = local_of(tensor)
     start = int(tensor.storage_offset()) * tensor.element_size()
     last = sum((size - 1) * int(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + (last + 1) * tensor.element_size()
