@@ -18,8 +18,8 @@ from collections.abc import Callable
 
 import torch
 
+from ckptsurg.frameworks.pytorch import TorchTensors
 from ckptsurg.integrations.pytorch.fingerprint import fingerprints
-from ckptsurg.integrations.pytorch.tensors import TorchTensors
 from ckptsurg.tensors import digest_of
 
 ROUNDS = 7

@@ -130,7 +130,7 @@ def tensors_of(given: TensorsLike, wanted: Collection[str] = ()) -> Iterator[Ten
 
         yield source_of(cast(Any, given), wanted)
     elif torch is not None and isinstance(given, Mapping):
-        from .integrations.pytorch.tensors import TorchTensors
+        from .frameworks.pytorch import TorchTensors
 
         # What get_extra_state() of a module gave is no weight, whatever it is.
         given = {name: value for name, value in given.items() if not str(name).endswith("_extra_state")}

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, core_model_loading
 from transformers.core_model_loading import Chunk, ConversionOps, WeightConverter, WeightRenaming
 
 from ckptsurg.errors import FreezeError
+from ckptsurg.frameworks.pytorch import live_tensors
 from ckptsurg.integrations.pytorch.converted import parts_as_saved
 from ckptsurg.integrations.pytorch.parts import Part
-from ckptsurg.integrations.pytorch.tensors import live_tensors
 
 # fmt: off
 BERT = {

@@ -16,9 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from ckptsurg import FrozenWeightsChanged
 from ckptsurg.errors import FreezeError
+from ckptsurg.frameworks.pytorch import TorchTensors
 from ckptsurg.integrations.pytorch import fingerprint, lanes
 from ckptsurg.integrations.pytorch.fingerprint import Fingerprint, fingerprints
-from ckptsurg.integrations.pytorch.tensors import TorchTensors
 
 CPU = torch.device("cpu")
 B = 4096

@@ -16,9 +16,9 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from ...errors import FreezeError
+from ...frameworks.pytorch import without_memory
 from ...wording import shown
 from .parts import Part
-from .tensors import without_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -31,9 +31,9 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from ...errors import FreezeError, FrozenWeightsChanged
+from ...frameworks.pytorch import as_dtensor
 from ...wording import enumerate_names, shown
 from .lanes import Lanes, Piece
-from .tensors import as_dtensor
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -11,8 +11,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from ...frameworks.pytorch import as_dtensor, unreadable
 from .stand_in import StandIn
-from .tensors import as_dtensor, unreadable
 
 __all__ = ["StaysInEvaluation", "mover", "moves_in_training", "shrinks_rows", "silenced", "unholdable"]
 

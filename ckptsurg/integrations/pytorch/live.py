@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from ...errors import FreezeError
+from ...frameworks.pytorch import bytes_of, info_of, live_tensors, unreadable, whole_of, without_memory
 from ...manifest import Manifest
 from ...renaming import Renaming, align, renamed, unwrapped
 from ...tensors import Buffer, TensorInfo
 from ...wording import shown
 from .parts import Part
-from .tensors import bytes_of, info_of, live_tensors, unreadable, whole_of, without_memory
 
 __all__ = ["LiveModel", "LiveTensors", "Roles", "source_of"]
 

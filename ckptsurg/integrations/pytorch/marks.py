@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
+from ...frameworks.pytorch import as_dtensor, bytes_of
 from ...tensors import digest_of
 from .fingerprint import Fingerprint, fingerprints
 from .live import LiveModel, Roles
-from .tensors import as_dtensor, bytes_of
 
 __all__ = ["Marks"]
 

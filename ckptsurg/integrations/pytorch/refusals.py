@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
+from ...frameworks.pytorch import info_of, unreadable
 from ...manifest import Manifest
 from ...renaming import common_prefix
 from ...settling import moving_buffer, reparametrised_as
@@ -15,7 +16,6 @@ from ...verifying import verify
 from ...wording import enumerate_names, shown
 from .holds import silenced, unholdable
 from .live import LiveModel, Roles
-from .tensors import info_of, unreadable
 from .witness import rows_that_others_train, tied_to_trainable
 
 __all__ = ["refusals"]

@@ -17,10 +17,10 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ...errors import FreezeError
+from ...frameworks.pytorch import as_dtensor, live_tensors
 from ...renaming import align
 from ...wording import shown
 from .steps import stepped_by, uncompiled, under_way
-from .tensors import as_dtensor, live_tensors
 
 __all__ = ["HeldRows", "put_back"]
 

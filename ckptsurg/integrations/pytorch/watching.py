@@ -11,13 +11,13 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ...errors import FreezeError, UsageError
+from ...frameworks.pytorch import TorchTensors, whole_of
 from ...manifest import Manifest
 from ...renaming import Renaming
 from ...report import Report
 from ...verifying import verify
 from .live import LiveModel
 from .steps import goes_backward, uncompiled, under_way
-from .tensors import TorchTensors, whole_of
 from .witness import Witness
 
 __all__ = ["Watch"]

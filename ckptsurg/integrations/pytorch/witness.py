@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ...frameworks.pytorch import as_dtensor, local_of, unreadable
 from ...manifest import Manifest
 from ...report import Report
 from ...settling import moving_buffer
@@ -18,7 +19,6 @@ from .fingerprint import Fingerprint, fingerprints
 from .holds import mover, moves_in_training, shrinks_rows
 from .live import LiveModel, Roles
 from .steps import stepped_by
-from .tensors import as_dtensor, local_of, unreadable
 
 __all__ = ["Witness", "rows_that_others_train", "tied_to_trainable"]
 

@@ -1,4 +1,4 @@
-"""Tensors of torch as a TensorSource: the bytes of a live model or of a state dict."""
+"""Tensors of torch as a TensorSource: the bytes of a live model, a state dict or an archive."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ...errors import FreezeError
-from ...tensors import CHUNK_BYTES, TensorInfo
-from ...wording import shown
+from ..errors import FreezeError
+from ..tensors import CHUNK_BYTES, TensorInfo
+from ..wording import shown
 
 __all__ = [
     "TorchTensors",
