@@ -67,7 +67,7 @@ __all__ = [
 ]
 
 
-def inspect(ckpt: PathLike | Checkpoint, patterns: Sequence[str] = ()) -> Inspection:
+def inspect(ckpt: TensorsLike, patterns: Sequence[str] = ()) -> Inspection:
     """The contents of a checkpoint, or what patterns select of it. Only headers are read.
 
     Raises:
@@ -80,7 +80,7 @@ def inspect(ckpt: PathLike | Checkpoint, patterns: Sequence[str] = ()) -> Inspec
         return inspect_checkpoint(opened, patterns)
 
 
-def plan(spec: SpecLike, ckpt: PathLike | Checkpoint) -> Plan:
+def plan(spec: SpecLike, ckpt: TensorsLike) -> Plan:
     """What a rewrite would do. Only headers are read, nothing is written.
 
     Raises:
@@ -92,7 +92,7 @@ def plan(spec: SpecLike, ckpt: PathLike | Checkpoint) -> Plan:
     return plan_with_spec(spec, ckpt)[1]
 
 
-def plan_with_spec(spec: SpecLike, ckpt: PathLike | Checkpoint) -> tuple[Spec, Plan]:
+def plan_with_spec(spec: SpecLike, ckpt: TensorsLike) -> tuple[Spec, Plan]:
     """The plan, and the spec that it was made to, which is read once."""
     with checkpoint_of(ckpt) as base:
         document = as_spec(spec, base)
@@ -101,7 +101,7 @@ def plan_with_spec(spec: SpecLike, ckpt: PathLike | Checkpoint) -> tuple[Spec, P
 
 def rewrite(
     spec: SpecLike,
-    ckpt: PathLike | Checkpoint,
+    ckpt: TensorsLike,
     out: PathLike,
     *,
     manifest: PathLike | None = None,

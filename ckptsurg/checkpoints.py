@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from .errors import CheckpointError, SystemFailure, UsageError, system_failures
-from .tensors import CHUNK_BYTES, TensorInfo, digest_of
+from .tensors import CHUNK_BYTES, Buffer, TensorInfo, TensorSource, digest_of, sections
 from .wording import shown
 
-__all__ = ["Checkpoint", "Extent", "Index", "StoredFile", "open_regular", "read_extent", "read_small"]
+__all__ = [
+    "Checkpoint",
+    "Extent",
+    "Index",
+    "StoredFile",
+    "merged_metadata",
+    "open_regular",
+    "open_stored",
+    "read_extent",
+    "read_small",
+]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,14 +37,15 @@ class StoredFile:
         name: Path inside the checkpoint's folder, with ``/``; for a lone file its own name.
         descriptor: Open for reading.
         status: What ``fstat`` said when the file was opened.
-        header: Length of the header's JSON, in bytes; it follows the eight bytes of its length.
+        header: Length of the header's JSON, in bytes; it follows the eight bytes of its length. Of another format, what
+            stands for a header: dtypes and shapes as canonical JSON.
         metadata: ``__metadata__``, or None where the file has none.
     """
 
     name: str
     descriptor: int
     status: os.stat_result
-    header: int
+    header: int | bytes
     metadata: Mapping[str, str] | None
 
     @property
@@ -43,6 +55,8 @@ class StoredFile:
 
     def header_digest(self, algorithm: str) -> str:
         """Digest of the header's JSON bytes, padding included."""
+        if isinstance(self.header, bytes):
+            return digest_of([self.header], algorithm)
         return digest_of(read_extent(Extent(self, 8, self.header), shown(self.name)), algorithm)
 
     def refuse_if_changed(self, label: str) -> None:
@@ -76,38 +90,69 @@ class Index:
 
 @dataclass(eq=False)
 class Checkpoint:
-    """A TensorSource whose tensors lie in files. Close it, or use it in a ``with``.
+    """A TensorSource that can be operated on: tensors, and the files that they come from. Close it, or use a ``with``.
 
     Attributes:
-        path: As the user gave it.
+        label: How messages call it.
+        path: As the user gave it; None of what is in memory.
         files: The files of weights, in the order of their names.
         tensors: Every tensor by name, in file order.
-        extents: Where the bytes of each tensor are.
+        extents: Where the bytes of a tensor lie as they are. What has no extent is read from ``source``.
         folder: The model folder, whose other files belong to the checkpoint; None for a lone file.
         index: The index, where there is one.
         warnings: What is odd but no error.
+        source: What a framework's own reader gave, or what is in memory.
+        homes: In which file the tensors without an extent are, where there are several.
+        metadata: Text by key, of all files together; None where none has any.
+        clashes: Metadata that two files had and that could not both be kept.
     """
 
-    path: Path
+    path: Path | None
     files: Sequence[StoredFile]
     tensors: Mapping[str, TensorInfo]
     extents: Mapping[str, Extent]
     folder: Path | None = None
     index: Index | None = None
     warnings: Sequence[str] = ()
+    source: TensorSource | None = None
+    homes: Mapping[str, str] = field(default_factory=dict)
+    label: str = field(init=False)
+    metadata: Mapping[str, str] | None = field(init=False)
+    clashes: Sequence[str] = field(init=False)
     _closer: weakref.finalize[Any, Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._closer = weakref.finalize(self, _close, [file.descriptor for file in self.files])
+        self.label = shown(self.path) if self.path is not None else self.source.label if self.source else ""
+        self.metadata, self.clashes = merged_metadata(self.files)
+        if self.source is not None:
+            self.metadata = getattr(self.source, "metadata", None)
 
-    @property
-    def label(self) -> str:
-        return shown(self.path)
+    @classmethod
+    def over(cls, source: TensorSource) -> Self:
+        """What is in memory, as a base: no file belongs to it."""
+        return cls(None, [], source.tensors, {}, source=source)
 
-    def read(self, name: str) -> Iterator[memoryview]:
+    def file_of(self, name: str) -> str:
+        """The name of the file that a tensor is in; empty for what is in memory."""
+        if name in self.extents:
+            return self.extents[name].file.name
+        return self.homes.get(name) or (self.files[0].name if self.files else "")
+
+    def read(self, name: str) -> Iterator[Buffer]:
         if not self._closer.alive:  # the number of a closed descriptor may be another file's by now
             raise UsageError(f"{self.label}: the checkpoint is closed")
-        return read_extent(self.extents[name], self.label)
+        if name in self.extents:
+            return read_extent(self.extents[name], self.label)
+        assert self.source is not None
+        return self.source.read(name)
+
+    def ranges(self, name: str) -> Callable[[int, int], Iterator[Buffer]]:
+        """A reader of ranges of a tensor's bytes, by first and the one after the last, asked for in their order."""
+        if name not in self.extents:
+            return sections(self.read(name))
+        extent = self.extents[name]
+        return lambda start, stop: read_extent(Extent(extent.file, extent.offset + start, stop - start), self.label)
 
     def refuse_if_changed(self) -> None:
         """Raise CheckpointError if a file was written to since it was opened."""
@@ -155,6 +200,35 @@ def open_regular(path: Path, flags: int = 0) -> tuple[int, os.stat_result]:
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
         raise CheckpointError(f"{label}: is {kind}; expected a file")
     return descriptor, status
+
+
+def open_stored(path: Path, name: str, tensors: Mapping[str, TensorInfo]) -> StoredFile:
+    """A file of a format that a framework reads, held open so that a change to it is seen.
+
+    Args:
+        path: Where it is.
+        name: What it is called inside its checkpoint.
+        tensors: What it holds, which stands for its header.
+
+    Raises:
+        UsageError: if there is no such file.
+        CheckpointError: if it is none.
+        SystemFailure: if it cannot be opened.
+    """
+    descriptor, status = open_regular(path)
+    header = {one: [info.dtype, list(info.shape)] for one, info in sorted(tensors.items())}
+    return StoredFile(name, descriptor, status, json.dumps(header, separators=(",", ":")).encode(), None)
+
+
+def merged_metadata(files: Sequence[StoredFile]) -> tuple[Mapping[str, str] | None, list[str]]:
+    """The metadata of all files in one; where two say different things, the first stands, and is named."""
+    merged: dict[str, str] = {}
+    clashes: list[str] = []
+    for file in files:
+        for key, value in (file.metadata or {}).items():
+            if merged.setdefault(key, value) != value:
+                clashes.append(f"metadata {key!a}: {file.name} says {value!a}; kept {merged[key]!a}")
+    return (merged if any(file.metadata is not None for file in files) else None), clashes
 
 
 def read_small(path: Path, limit: int) -> bytes:

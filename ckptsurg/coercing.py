@@ -106,13 +106,14 @@ def as_manifest(given: ManifestLike) -> Manifest:
 
 
 @contextmanager
-def checkpoint_of(given: PathLike | Checkpoint) -> Iterator[Checkpoint]:
-    """A checkpoint; closed at the end if it was opened here."""
-    if isinstance(given, Checkpoint):
-        yield given
-    else:
+def checkpoint_of(given: TensorsLike) -> Iterator[Checkpoint]:
+    """A checkpoint, or what is in memory as one; closed at the end if it was opened here."""
+    if isinstance(given, str | os.PathLike):
         with open_checkpoint(as_path(given)) as opened:
             yield opened
+        return
+    with tensors_of(given) as source:
+        yield source if isinstance(source, Checkpoint) else Checkpoint.over(source)
 
 
 def is_model(given: object) -> bool:

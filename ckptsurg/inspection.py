@@ -11,6 +11,7 @@ from pydantic import Field
 from .checkpoints import Checkpoint
 from .documents import Document, Model
 from .errors import SpecError
+from .layers import Layer
 from .matching import Names
 from .parsing import Text
 from .selectors import Space, select
@@ -63,19 +64,17 @@ def inspect_checkpoint(checkpoint: Checkpoint, patterns: Sequence[str] = ()) -> 
     names = list(checkpoint.tensors)
     if patterns:
         spec = Spec.from_text(Text("patterns", {"version": 1, "freeze": list(patterns)}))
-        selection = select(spec, ("freeze",), spec.freeze or (), Space(Names(names), checkpoint.tensors))
+        space = Space(Names(names, Layer.from_metadata(checkpoint.metadata)), checkpoint.tensors)
+        selection = select(spec, ("freeze",), spec.freeze or (), space)
         if selection.problems:
             raise SpecError("patterns", [replace(problem, path="") for problem in selection.problems])
         names = [name for name, selected in zip(names, selection.mask.tolist(), strict=True) if selected]
-    metadata: dict[str, str] = {}
-    for file in checkpoint.files:
-        metadata = {**(file.metadata or {}), **metadata}
     tensors = {
-        name: TensorPlace(dtype=info.dtype, shape=info.shape, file=checkpoint.extents[name].file.name)
+        name: TensorPlace(dtype=info.dtype, shape=info.shape, file=checkpoint.file_of(name))
         for name, info in checkpoint.tensors.items()
     }
     return Inspection(
         files=tuple(FileSize(file=file.name, size=file.size) for file in checkpoint.files),
-        metadata=metadata,
+        metadata=dict(checkpoint.metadata or {}),
         tensors={name: tensors[name] for name in names},
     )

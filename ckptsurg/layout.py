@@ -7,6 +7,7 @@ free to move can bring that about; the format allows no holes. Drawn, added and 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -75,12 +76,13 @@ def lay_out(
         max_shard_size: Largest size of a shard's tensors, in bytes; None keeps the base's shards.
     """
     ordered = sorted(tensors, key=lambda tensor: _position(tensor, base))
-    merged, warnings = _merged_metadata(base)
+    merged, warnings = base.metadata, base.clashes
     if single is not None:
         return Layout([_file(single, ordered, merged, base.extents)], None, warnings)
     if max_shard_size is not None:
         shards = _split(ordered, max_shard_size)
-        stem = "model" if base.index is None else base.index.name.removesuffix(".safetensors.index.json")
+        index_name = "model.safetensors.index.json" if base.index is None else _as_safetensors(base.index.name)
+        stem = index_name.removesuffix(".safetensors.index.json")
         names = [f"{stem}-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
         index = f"{stem}.safetensors.index.json" if len(shards) > 1 else None
         files = [
@@ -93,29 +95,31 @@ def lay_out(
     by_file: dict[str, list[PlannedTensor]] = {file.name: [] for file in base.files}
     added: list[PlannedTensor] = []
     for tensor in ordered:
-        extent = base.extents.get(tensor.name) if tensor.action != "add" else None
-        (by_file[extent.file.name] if extent else added).append(tensor)
+        (added if tensor.action == "add" else by_file[base.file_of(tensor.name)]).append(tensor)
     by_file[max((name for name, shard in by_file.items() if shard), default=base.files[-1].name)] += added
     metadata = {file.name: file.metadata for file in base.files}
-    files = [_file(name, shard, metadata[name], base.extents) for name, shard in by_file.items() if shard]
-    return Layout(files, base.index.name)
+    files = [
+        _file(_as_safetensors(name), shard, metadata[name] if base.source is None else merged, base.extents)
+        for name, shard in by_file.items()
+        if shard
+    ]
+    return Layout(files, _as_safetensors(base.index.name))
+
+
+def _as_safetensors(name: str) -> str:
+    """What Hugging Face calls a file of weights once it is safetensors.
+
+    ``pytorch_model-00001-of-00002.bin`` becomes ``model-00001-of-00002.safetensors``, and the index likewise.
+    """
+    return re.sub(r"^(?:pytorch_)?(.*)\.bin(\.index\.json)?$", r"\1.safetensors\2", name)
 
 
 def _position(tensor: PlannedTensor, base: Checkpoint) -> tuple[bool, str, int, int]:
-    """Order of the base's bytes; added tensors after them in the order of the spec."""
-    extent = base.extents.get(tensor.name) if tensor.action != "add" else None
-    return (True, "", 0, 0) if extent is None else (False, extent.file.name, extent.offset, extent.length)
-
-
-def _merged_metadata(base: Checkpoint) -> tuple[Mapping[str, str] | None, list[str]]:
-    """The metadata of all files in one; where two say different things, the first stands."""
-    merged: dict[str, str] = {}
-    clashes: list[str] = []
-    for file in base.files:
-        for key, value in (file.metadata or {}).items():
-            if merged.setdefault(key, value) != value:
-                clashes.append(f"metadata {key!a}: {file.name} says {value!a}; kept {merged[key]!a}")
-    return (merged if any(file.metadata is not None for file in base.files) else None), clashes
+    """Order of the base's bytes, where they are known; added tensors after them in the order of the spec."""
+    if tensor.action == "add":
+        return True, "", 0, 0
+    extent = base.extents.get(tensor.name)
+    return False, base.file_of(tensor.name), extent.offset if extent else 0, extent.length if extent else 0
 
 
 def _split(tensors: Iterable[PlannedTensor], limit: int) -> list[list[PlannedTensor]]:
@@ -231,7 +235,7 @@ def _runs(tensors: Iterable[PlannedTensor], extents: Mapping[str, Extent]) -> li
     runs: list[_Run] = []
     last: Extent | None = None
     for tensor in tensors:
-        extent = extents[tensor.name] if tensor.action == "copy" else None
+        extent = extents.get(tensor.name) if tensor.action == "copy" else None
         if extent is None or not extent.length or extent.offset % tensor.info.alignment:
             continue
         end = extent.offset + extent.length

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .layers import Layer, Places
 from .patterns import (
     CHILD_NUMBER,
     SEPARATOR,
@@ -43,10 +45,17 @@ class Names:
 
     Args:
         names: The names, each once. Masks and indices of this class follow their order.
+        layers: The layers of the model, where their order is known: a pattern that selects nothing by name is tried on
+            where the tensors stand in the model.
+        children: How many numbered children a module has, by its name, where some have no tensors.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(
+        self, names: Sequence[str], layers: Sequence[Layer] = (), children: Mapping[str, int] | None = None
+    ) -> None:
         self.names = tuple(names)
+        self._children_of = children or {}
+        self._layers = layers
         self._index = {name: position for position, name in enumerate(self.names)}
         self._vocabulary: dict[str, int] = {}
         intern = self._vocabulary.setdefault
@@ -84,7 +93,24 @@ class Names:
             return self._only(pattern)
         if pattern.startswith("re:"):
             return self._regex(pattern.removeprefix("re:"))
-        return self._select(parse(pattern))
+        steps = parse(pattern)
+        selected = self._select(steps)
+        by_place = not selected.any() and self._layers and _says_a_place(steps)
+        return self._select_by_place(steps) if by_place else selected
+
+    def _select_by_place(self, steps: Sequence[Step]) -> BoolArray:
+        """The names of tensors that stand where the steps lead."""
+        places, owners = self._places
+        mask = np.zeros(len(self), np.bool_)
+        mask[owners[places._select(steps)]] = True
+        return mask
+
+    @cached_property
+    def _places(self) -> tuple[Names, IntArray]:
+        """The places of the tensors in the model, and whose each is, shape [places]."""
+        places = Places(self._layers)
+        known = {place: self._index[name] for place, name in places.names.items() if name in self._index}
+        return Names(list(known), children=places.children), np.fromiter(known.values(), np.int64, len(known))
 
     def count(self, pattern: str) -> int:
         """How many names a pattern selects; 0 where it cannot be read."""
@@ -209,7 +235,8 @@ class Names:
             children = numbers[group]
             name = self.names[self._order[group[0]]]
             module = name[: _offset(name, depth)]
-            picked = pick(np.unique(children).tolist(), text, module)
+            there = self._children_of.get(module)
+            picked = pick(np.unique(children).tolist() if there is None else range(there), text, module)
             hit[group] = np.isin(children, list(picked))
         return hit
 
@@ -290,6 +317,16 @@ class Names:
         inside = f"{picked[0]}..{picked[-1]}" if contiguous else ",".join(map(str, picked))
         braces = f"{sliced[1]}{stem}" + (str(picked[0]) if len(picked) == 1 else f"{{{inside}}}") + sliced[5]
         return [braces] if self.count(braces) else []
+
+
+def _says_a_place(steps: Sequence[Step]) -> bool:
+    """Whether steps speak of a model's layers by their order, or name a model: ``base.layers[:-5]``, ``base``."""
+    if all(isinstance(step, Segment) and not step.is_glob for step in steps):
+        return True
+    return any(
+        isinstance(step, Segment) and step.text == "layers" and isinstance(following, Children)
+        for step, following in pairwise(steps)
+    )
 
 
 def _offset(name: str, depth: int) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 from .defaults import Ambiguous, resolve_default
 from .errors import Problem, SpecError
 from .initializer_arguments import Initializer, refusal
+from .layers import Layer
 from .matching import BoolArray, IntArray, Names
 from .parsing import Place
 from .plans import Counts, Plan, PlannedTensor
@@ -28,9 +29,9 @@ def plan(spec: Spec, source: TensorSource) -> Plan:
     Raises:
         SpecError: with everything in the spec that does not fit the source.
     """
-    base = source.tensors
+    base, layers = source.tensors, Layer.from_metadata(getattr(source, "metadata", None))
     findings = _Findings(spec)
-    everything = Space(Names(list(base)), base)
+    everything = Space(Names(list(base), layers), base)
     drop = findings.select(("drop",), spec.drop, everything)
     dropped = {
         name: rule
@@ -38,7 +39,7 @@ def plan(spec: Spec, source: TensorSource) -> Plan:
         if is_gone
     }
     left = {name: info for name, info in base.items() if name not in dropped}
-    space = Space(Names(list(left)), left, Names(list(dropped))) if dropped else everything
+    space = Space(Names(list(left), layers), left, Names(list(dropped), layers)) if dropped else everything
 
     fates = _Fates(findings, space)
     draws = _Draws(findings, left, fates.owners)

@@ -76,7 +76,7 @@ def _refuse_base(target: Path, base: Checkpoint) -> None:
             raise UsageError(f"{shown(target)}: is the base, or a link to it; an output never replaces its base")
     if base.folder is not None and _real(target).is_relative_to(_real(base.folder)):
         raise UsageError(f"{shown(target)}: lies inside the base {base.label}; choose a place outside it")
-    home = base.folder or base.path.parent
+    home = base.folder or (base.path.parent if base.path is not None else Path())
     if any(_real(home / file.name).is_relative_to(_real(target)) for file in base.files):
         raise UsageError(f"{shown(target)}: holds the base {base.label}; choose another place")
 

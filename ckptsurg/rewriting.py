@@ -10,7 +10,7 @@ from itertools import product
 from math import prod
 from pathlib import Path
 
-from .checkpoints import Checkpoint, Extent
+from .checkpoints import Checkpoint
 from .config import CONFIG_NAME
 from .copying import Writer
 from .describing import Recorder, base_files
@@ -156,8 +156,10 @@ class _Carrier:
         writer.write_new([file.header])
         for tensor in file.tensors:
             recorder = Recorder(tensor, self._algorithm)
-            if tensor.action == "copy":
-                writer.copy_range(self._base.extents[tensor.name], recorder)
+            if tensor.action == "copy" and (extent := self._base.extents.get(tensor.name)) is not None:
+                writer.copy_range(extent, recorder)
+            elif tensor.action == "copy":
+                writer.write_new(self._base.read(tensor.name), recorder)
             else:
                 try:
                     self._draw(tensor, writer, recorder)
@@ -171,11 +173,11 @@ class _Carrier:
         if not tensor.keep:
             writer.write_new(drawing.read(0, tensor.info.elements), recorder)
             return
-        extent, old = self._base.extents[tensor.name], self._base.tensors[tensor.name]
+        read_old = self._base.ranges(tensor.name)
         size = DTYPE_BITS[tensor.dtype] // 8
-        for is_old, start, length in overlay(old.shape, tensor.shape):
+        for is_old, start, length in overlay(self._base.tensors[tensor.name].shape, tensor.shape):
             if is_old:
-                writer.copy_range(Extent(extent.file, extent.offset + start * size, length * size), recorder)
+                writer.write_new(read_old(start * size, (start + length) * size), recorder)
             else:
                 writer.write_new(drawing.read(start, start + length), recorder)
 

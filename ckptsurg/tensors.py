@@ -27,6 +27,7 @@ __all__ = [
     "refuse_foreign_dtypes",
     "row_span",
     "section",
+    "sections",
 ]
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -103,6 +104,10 @@ class TensorSource(Protocol):
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Every tensor by name."""
+
+    @property
+    def metadata(self) -> Mapping[str, str] | None:
+        """Text by key, as ``__metadata__`` of a safetensors file holds it."""
 
     def read(self, name: str) -> Iterator[Buffer]:
         """The little-endian bytes of one tensor, in chunks of ``CHUNK_BYTES`` (the last may be less).
@@ -186,6 +191,26 @@ def section(chunks: Iterable[Buffer], span: tuple[int, int]) -> Iterator[Buffer]
         position += len(chunk)
         if position >= stop:
             return
+
+
+def sections(chunks: Iterator[Buffer]) -> Callable[[int, int], Iterator[Buffer]]:
+    """A reader of spans of a stream of chunks, by first byte and the one after the last, asked for in their order."""
+    rest: Buffer = b""
+    position = 0
+
+    def take(start: int, stop: int) -> Iterator[Buffer]:
+        nonlocal rest, position
+        while position < stop:
+            if not rest:
+                rest = next(chunks)
+            view = memoryview(rest)
+            skipped = min(max(start - position, 0), len(view))
+            taken = min(len(view) - skipped, stop - position - skipped)
+            rest, position = view[skipped + max(taken, 0) :], position + skipped + max(taken, 0)
+            if taken > 0:
+                yield view[skipped : skipped + taken]
+
+    return take
 
 
 def algorithm_of(digest: str) -> str:

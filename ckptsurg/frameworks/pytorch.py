@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from ..tensors import CHUNK_BYTES, TensorInfo
 from ..wording import shown
 
 __all__ = [
+    "METADATA",
     "TorchTensors",
     "as_dtensor",
     "bytes_of",
@@ -40,17 +42,22 @@ _DTYPES = {
 }  # fmt: skip
 
 
+#: What libraries that read safetensors for torch expect to find in a file.
+METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
+
+
 class TorchTensors:
     """A TensorSource over tensors of torch.
 
     Attributes:
         label: How messages call it.
         tensors: Dtype and shape by name; a dtype that safetensors lacks has torch's own name.
+        metadata: Of a file that they are written to.
     """
 
     def __init__(self, given: Mapping[str, torch.Tensor], label: str) -> None:
         self._given = dict(given)
-        self.label = label
+        self.label, self.metadata = label, METADATA
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:

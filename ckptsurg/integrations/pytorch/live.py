@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ...errors import FreezeError
-from ...frameworks.pytorch import bytes_of, info_of, live_tensors, unreadable, whole_of, without_memory
+from ...frameworks.pytorch import METADATA, bytes_of, info_of, live_tensors, unreadable, whole_of, without_memory
 from ...manifest import Manifest
 from ...renaming import Renaming, align, renamed, unwrapped
 from ...tensors import Buffer, TensorInfo
@@ -211,7 +211,7 @@ class LiveTensors:
     """
 
     def __init__(self, parts: Sequence[Part], live: Mapping[str, torch.Tensor], label: str) -> None:
-        self.label = label
+        self.label, self.metadata = label, METADATA
         self._live = live
         self._parts = {name: part for part in parts for name in part.saved}
         self.tensors = {name: info for part in parts for name, info in _infos(part, live).items()}

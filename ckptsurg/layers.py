@@ -1,0 +1,97 @@
+"""The layers of a model in their order, where a checkpoint knows it: what ``layers[:-5]`` speaks of.
+
+Names of Keras say nothing of order, and layers without weights have none at all. So the order travels with the
+tensors, as text in a file's metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+__all__ = ["LAYERS_KEY", "Layer", "Places"]
+
+#: Of the metadata.
+LAYERS_KEY = "ckptsurg.layers"
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A layer of a model.
+
+    Attributes:
+        name: Its name.
+        tensors: The names of all tensors in it and below it; of a Dropout there are none.
+        layers: If it is a model itself, its own layers in their order.
+    """
+
+    name: str
+    tensors: Sequence[str]
+    layers: Sequence[Layer] = ()
+
+    @staticmethod
+    def to_text(layers: Sequence[Layer]) -> str:
+        """The layers of a model as they are written to metadata."""
+        return json.dumps([_written(layer) for layer in layers], separators=(",", ":"), ensure_ascii=False)
+
+    @staticmethod
+    def from_metadata(metadata: Mapping[str, str] | None) -> Sequence[Layer]:
+        """The layers of the model that a file is of; none where its metadata does not tell."""
+        text = (metadata or {}).get(LAYERS_KEY)
+        if text is None:
+            return ()
+        try:
+            return [_read(one) for one in json.loads(text)]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return ()  # somebody else's key: it is only text
+
+
+def _written(layer: Layer) -> dict[str, Any]:
+    below = {"layers": [_written(one) for one in layer.layers]} if layer.layers else {}
+    return {"name": layer.name, "tensors": list(layer.tensors), **below}
+
+
+def _read(written: Any) -> Layer:
+    name, tensors, below = written["name"], written["tensors"], written.get("layers", [])
+    if not all(isinstance(text, str) for text in (name, *tensors)):
+        raise TypeError
+    return Layer(name, tuple(tensors), tuple(_read(one) for one in below))
+
+
+class Places:
+    """Where tensors stand in a model: further names for them, by layers' names and by their numbers.
+
+    ``base/layers/3/kernel`` is a tensor of the fourth layer of the model called base; where base is the second layer,
+    ``layers/1/layers/3/kernel`` is so too.
+
+    Attributes:
+        names: Tensors by place.
+        children: How many layers there are, by place of the model: ``base/layers``.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.names: dict[str, str] = {}
+        self.children: dict[str, int] = {}
+        self._gather(layers, [""])
+
+    def _gather(self, layers: Sequence[Layer], above: Sequence[str]) -> None:
+        for prefix in above:
+            self.children[f"{prefix}layers"] = len(layers)
+        for number, layer in enumerate(layers):
+            here = [f"{prefix}{own}/" for prefix, own in product(above, (layer.name, f"layers/{number}"))]
+            for place, tensor in product(here, layer.tensors):
+                self.names.setdefault(place + _inside(tensor, layer.name), tensor)
+            if layer.layers:
+                self._gather(layer.layers, here)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+
+def _inside(tensor: str, layer: str) -> str:
+    """What a tensor is called inside its layer."""
+    _, found, inside = f"/{tensor}".rpartition(f"/{layer}/")
+    return inside if found else tensor
