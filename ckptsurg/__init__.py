@@ -6,13 +6,14 @@ Data flows one way; each module knows only those further down in its line or bel
     testing                      assertions for tests
     api, coercing                the public functions; paths or objects taken alike
     formats, integrations        how files, and how live models, become named tensors
+      frameworks                     what torch and Keras hold in memory
     rewriting, verifying         carry a plan out; prove that frozen tensors have their bits
       settling, causes, traits       why a tensor moved, where the evidence settles it
       layout, copying, publishing    where bytes go, how they are moved, how they become visible
-      initializers, random_bits      named values, the same for good
+      initializers, moments, random_bits  named values, the same for good
       comparing, renaming            two versions of a tensor; two names of one
     planning                     spec x headers -> one action for every tensor
-      selectors, matching, patterns  which tensors a pattern selects
+      selectors, matching, patterns  which tensors a pattern selects; layers: where they stand in a model
       defaults                       what ``default`` draws
     spec, plans, manifest, report    the four documents; documents and parsing read them strictly
     checkpoints, header          files held open, and the safetensors header
@@ -25,6 +26,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .api import convert as convert
     from .api import diff as diff
     from .api import freeze as freeze
     from .api import inspect as inspect
@@ -67,6 +69,7 @@ _HOMES = {
     "SpecError": "errors",
     "SystemFailure": "errors",
     "UsageError": "errors",
+    "convert": "api",
     "diff": "api",
     "freeze": "api",
     "inspect": "api",

@@ -23,7 +23,9 @@ from .coercing import (
     as_size,
     as_spec,
     as_spec_or_patterns,
+    as_target,
     checkpoint_of,
+    is_keras,
     is_model,
     tensors_of,
 )
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("ckptsurg")
 
 __all__ = [
+    "convert",
     "diff",
     "freeze",
     "inspect",
@@ -130,35 +133,63 @@ def rewrite(
         CheckpointError: if the checkpoint is malformed, or changes meanwhile.
         SystemFailure: if the system fails; nothing is published then.
     """
-    target = as_path(out)
-    if target.name in ("", ".."):
-        target = target.resolve()
+    target = as_target(out)
     with checkpoint_of(ckpt) as base:
         document = as_spec(spec, base)
         planned, edited = _plan(document, base)
-        brings_others = not is_file_output(target)
-        if edited is not None and not brings_others:
+        if edited is not None and is_file_output(target):
             message = f"{shown(target)} is a lone file and has no config.json; give a folder, or leave `config` out"
             raise SpecError(document.label, [document.problem(("config",), message)])
         for note in planned.notes:
             _log.info("note: %s", note)
-        others: dict[str, Path] = {}
-        if brings_others:
-            with system_failures(base.label):
-                others = companions(base, keep_other_weights=keep_other_weights)
-        return rewriting.rewrite(
-            document,
-            planned,
-            base,
+        destination = rewriting.Destination(
             target,
-            others=others,
-            config=edited,
-            manifest_at=None if manifest is None else as_path(manifest),
-            overwrite=overwrite,
-            max_shard_size=as_size(max_shard_size),
-            algorithm=as_algorithm(digest),
-            progress=progress,
+            _companions(base, target, keep_other_weights=keep_other_weights),
+            edited,
+            None if manifest is None else as_path(manifest),
+            overwrite,
+            as_size(max_shard_size),
         )
+        algorithm = as_algorithm(digest)
+        return rewriting.rewrite(document, planned, base, destination, algorithm=algorithm, progress=progress)
+
+
+def convert(
+    ckpt: TensorsLike,
+    out: PathLike,
+    *,
+    overwrite: bool = False,
+    max_shard_size: int | str | None = None,
+    keep_other_weights: bool = False,
+    progress: Progress | None = None,
+) -> Inspection:
+    """Publish a checkpoint as safetensors: the same tensors in another container, whole or not at all.
+
+    Args:
+        ckpt: What is converted.
+        out: A file whose name ends in ``.safetensors``, or else a folder.
+        overwrite: Whether to replace an earlier output.
+        max_shard_size: Largest size of a shard's tensors, in bytes or as ``5GB`` (10^9); None keeps the shards.
+        keep_other_weights: Whether other files of weights in the folder come along.
+        progress: Called with the bytes written and the bytes in all.
+
+    Returns:
+        The contents of the output.
+
+    Raises:
+        UsageError: if the output exists, would touch what is converted, or a tensor has a dtype that safetensors lacks.
+        CheckpointError: if the checkpoint is malformed, or changes meanwhile.
+        SystemFailure: if the system fails; nothing is published then.
+    """
+    target = as_target(out)
+    with checkpoint_of(ckpt) as base:
+        others = _companions(base, target, keep_other_weights=keep_other_weights)
+        size = as_size(max_shard_size)
+        destination = rewriting.Destination(target, others, overwrite=overwrite, max_shard_size=size)
+        rewriting.convert(planning.plan(Spec(version=1), base), base, destination, progress=progress)
+        for warning in base.warnings:
+            _log.warning("note: %s", warning)
+    return inspect(target)
 
 
 def make_manifest(
@@ -324,6 +355,10 @@ def freeze(
         ManifestError: if the manifest is not valid, or nothing in it is frozen.
         UsageError: if names do not fit.
     """
+    if is_keras(model):
+        from .integrations import keras
+
+        return keras.freeze(model, as_manifest(manifest), names, extra, allow_widened=allow_widened)
     from .integrations import pytorch
 
     return pytorch.freeze(model, as_manifest(manifest), names, extra, allow_widened=allow_widened)
@@ -357,10 +392,20 @@ def watch(
 
     if (freeze is None) == (manifest is None):
         raise UsageError("give either patterns of what is frozen, or a manifest")
+    if is_keras(model):
+        raise UsageError("a model of Keras", hint="ckptsurg.integrations.keras.FreezeCallback watches its fit")
     if not is_model(model):
         raise UsageError(f"expected a model of torch, found {shown(type(model).__name__)}")
     document = as_manifest(manifest) if manifest is not None else make_manifest(freeze or (), model)
     return Watch(model, document, names, expect_trained=expect_trained)
+
+
+def _companions(base: Checkpoint, out: Path, *, keep_other_weights: bool) -> dict[str, Path]:
+    """The files that come along to an output, which a lone file has none of."""
+    if is_file_output(out):
+        return {}
+    with system_failures(base.label):
+        return companions(base, keep_other_weights=keep_other_weights)
 
 
 def _plan(spec: Spec, base: Checkpoint) -> tuple[Plan, bytes | None]:

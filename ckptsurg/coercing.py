@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -14,12 +15,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from . import planning
 from .checkpoints import Checkpoint
 from .errors import SpecError, UsageError
-from .formats import open_checkpoint, open_trained
+from .formats import is_keras_file, open_checkpoint, open_trained
 from .manifest import Manifest, load_manifest
 from .parsing import Text, read_text
 from .spec import Spec
 from .tensors import ALGORITHMS, TensorSource
-from .wording import shown
+from .wording import enumerate_names, shown
 
 if TYPE_CHECKING:
     import torch
@@ -30,13 +31,17 @@ __all__ = [
     "SpecLike",
     "TensorsLike",
     "as_algorithm",
+    "as_builder",
     "as_manifest",
     "as_path",
     "as_size",
     "as_spec",
     "as_spec_or_patterns",
+    "as_target",
     "checkpoint_of",
+    "is_keras",
     "is_model",
+    "opened_with",
     "tensors_of",
 ]
 
@@ -58,6 +63,12 @@ def as_path(given: object) -> Path:
     if "\0" in os.fspath(given):
         raise UsageError(f"{shown(given)}: a path has no NUL in it")
     return Path(given)
+
+
+def as_target(given: object) -> Path:
+    """The path of an output, which has a name of its own."""
+    target = as_path(given)
+    return target.resolve() if target.name in ("", "..") else target
 
 
 def as_spec(given: SpecLike, source: TensorSource) -> Spec:
@@ -105,6 +116,49 @@ def as_manifest(given: ManifestLike) -> Manifest:
     return load_manifest(as_path(given))
 
 
+def as_builder(given: str) -> Callable[[], Any]:
+    """The function that ``module:function`` names; modules are found from the working directory too.
+
+    Raises:
+        UsageError: if it is not of that form, cannot be imported, or is no function.
+    """
+    module, separator, function = given.partition(":")
+    if not (module and separator and function):
+        raise UsageError(f'"{shown(given)}" names no function; write module:function')
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        found: Any = importlib.import_module(module)
+        for part in function.split("."):
+            found = getattr(found, part)
+    except Exception as error:  # whatever a user's module raises when it is imported
+        raise UsageError(f"{shown(given)} cannot be imported: {type(error).__name__}: {shown(error)}") from error
+    finally:
+        sys.path.remove(here)
+    if not callable(found):
+        raise UsageError(f"{shown(given)} is no function, but {type(found).__name__}")
+    return cast("Callable[[], Any]", found)
+
+
+@contextmanager
+def opened_with(model: str | None, *paths: Path) -> Iterator[Sequence[TensorsLike]]:
+    """Checkpoints, of which those of Keras are read into the model that ``module:function`` makes.
+
+    Raises:
+        UsageError: if the model cannot be made, or none of the paths is a file of Keras.
+    """
+    if model is None:
+        yield paths
+        return
+    if not any(map(is_keras_file, paths)):
+        raise UsageError(f"a model is for files of Keras, and {enumerate_names([str(path) for path in paths])} is none")
+    build = as_builder(model)
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(open_checkpoint(path, model=build)) if is_keras_file(path) else path for path in paths
+        ]
+
+
 @contextmanager
 def checkpoint_of(given: TensorsLike) -> Iterator[Checkpoint]:
     """A checkpoint, or what is in memory as one; closed at the end if it was opened here."""
@@ -116,17 +170,27 @@ def checkpoint_of(given: TensorsLike) -> Iterator[Checkpoint]:
         yield source if isinstance(source, Checkpoint) else Checkpoint.over(source)
 
 
+def is_keras(given: object) -> bool:
+    """Whether it is a live model of Keras, which on torch is a module too."""
+    keras = sys.modules.get("keras")  # whoever has a model has imported it
+    return keras is not None and isinstance(given, keras.Layer)
+
+
 def is_model(given: object) -> bool:
     """Whether it is a live model."""
-    torch = sys.modules.get("torch")  # whoever has a model has imported it
-    return torch is not None and isinstance(given, torch.nn.Module)
+    torch = sys.modules.get("torch")  # likewise
+    return is_keras(given) or (torch is not None and isinstance(given, torch.nn.Module))
 
 
 @contextmanager
 def tensors_of(given: TensorsLike, wanted: Collection[str] = ()) -> Iterator[TensorSource]:
     """The tensors of a checkpoint, live model or state dict; of a model under these names, where it knows them."""
     torch: Any = sys.modules.get("torch")
-    if is_model(given):
+    if is_keras(given):
+        from .frameworks.keras import KerasVariables
+
+        yield KerasVariables(given, wanted)
+    elif is_model(given):
         from .integrations.pytorch import source_of
 
         yield source_of(cast(Any, given), wanted)

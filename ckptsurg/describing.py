@@ -31,7 +31,7 @@ def describe(
         CheckpointError: if the source turns out to be damaged, or changes meanwhile.
         SystemFailure: if it cannot be read.
     """
-    refuse_foreign_dtypes(source)
+    refuse_foreign_dtypes(source.label, source.tensors)
     meter = Meter(sum(tensor.info.nbytes for tensor in plan.output), progress)
     records: dict[str, TensorRecord] = {}
     for tensor in plan.output:

@@ -1,7 +1,7 @@
 """The initializers that a spec can name, with their arguments: what may be written, not what is drawn.
 
 Names and defaults are those of ``torch.nn.init`` (https://pytorch.org/docs/stable/nn.init.html) without the
-underscore; ``default`` and ``like`` are ours.
+underscore; ``default``, ``like`` and ``mean`` are ours.
 """
 
 from __future__ import annotations
@@ -112,6 +112,7 @@ _ARGUMENTS: dict[str, type[Model]] = {
     "kaiming_normal": _Kaiming,
     "kaiming_uniform": _Kaiming,
     "like": _NoArguments,
+    "mean": _NoArguments,
     "normal": _Normal,
     "ones": _NoArguments,
     "orthogonal": _Gain,
@@ -128,7 +129,7 @@ class Initializer(Model):
     """An initializer and all its arguments; written ``zeros`` or ``{normal: {std: 0.02}}``.
 
     Attributes:
-        name: A name of ``torch.nn.init`` without the underscore, ``default`` or ``like``.
+        name: A name of ``torch.nn.init`` without the underscore, ``default``, ``like`` or ``mean``.
         arguments: Every argument of the initializer, defaults filled in.
     """
 
@@ -221,6 +222,7 @@ _LARGEST = {
 _REAL_ONLY = frozenset(("uniform", "trunc_normal", "xavier_uniform", "kaiming_uniform", "orthogonal", "sparse", "like"))
 _ANY_RANK = 64
 _NEEDS_RANK = {
+    "mean": (1, _ANY_RANK),
     "xavier_uniform": (2, _ANY_RANK),
     "xavier_normal": (2, _ANY_RANK),
     "kaiming_uniform": (2, _ANY_RANK),
@@ -232,8 +234,14 @@ _NEEDS_RANK = {
 }
 
 
-def refusal(init: Initializer, info: TensorInfo) -> str | None:
-    """Why the initializer cannot draw such a tensor; None where it can."""
+def refusal(init: Initializer, info: TensorInfo, old: TensorInfo | None = None) -> str | None:
+    """Why the initializer cannot draw such a tensor; None where it can.
+
+    Args:
+        init: The initializer.
+        info: The new tensor.
+        old: The one in whose place it is; None of an added one.
+    """
     if info.dtype not in _LARGEST:
         return f"{info.dtype} cannot be drawn; only {', '.join(_LARGEST)} can"
     if info.dtype == "C64" and init.name in _REAL_ONLY:
@@ -245,6 +253,12 @@ def refusal(init: Initializer, info: TensorInfo) -> str | None:
         return f"{init.name} draws tensors of {wanted} dimensions, this one has {rank}: {list(info.shape)}"
     if init.name == "dirac" and info.shape[0] % init.arguments["groups"]:
         return f"dirac: {info.shape[0]} output channels cannot be parted into {init.arguments['groups']} groups"
+    if init.name == "mean" and old is not None:
+        if old.shape[1:] != info.shape[1:]:
+            change = f"this one goes from {list(old.shape)} to {list(info.shape)}"
+            return f"mean is one of whole rows, so the first dimension alone may change; {change}"
+        if not old.shape[0]:
+            return f"mean: there are no old rows, the shape is {list(old.shape)}"
     bounds = {"constant": ("val",), "uniform": ("a", "b"), "trunc_normal": ("a", "b")}.get(init.name, ())
     for value in (init.arguments[bound] for bound in bounds):
         if abs(value) > _LARGEST[info.dtype]:

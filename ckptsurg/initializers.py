@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
-from math import ceil, fsum, isfinite, prod, sqrt
+from math import ceil, prod, sqrt
 from threading import Lock
 from typing import Any
 
@@ -28,7 +28,7 @@ from .random_bits import FloatArray, cumulative, quantile, uniform, words
 from .tensors import Buffer, TensorInfo
 from .wording import shown
 
-__all__ = ["Drawing", "Undrawable", "moments"]
+__all__ = ["Drawing", "Undrawable", "rounded"]
 
 #: Elements drawn at a time.
 BLOCK = 1 << 16
@@ -45,7 +45,8 @@ class Drawing:
         seed: The spec's seed.
         name: Name of the tensor in the output.
         info: Its dtype and shape.
-        init: The initializer; not ``default`` or ``like``, which stand for others.
+        init: The initializer; not ``default`` or ``like``, which stand for others, nor ``mean``,
+            which draws nothing.
 
     Raises:
         Undrawable: on reading, if a value does not fit the dtype.
@@ -85,13 +86,7 @@ class Drawing:
     def _block(self, number: int) -> Buffer:
         start = number * BLOCK
         values = self._values(start, min(start + BLOCK, self._info.elements))
-        with np.errstate(over="ignore"):
-            if self._info.dtype not in ("F64", "C64"):
-                values = values.astype(np.float32)
-            typed = values.astype(element_type(self._info.dtype))
-        if not np.isfinite(typed.astype(np.complex128 if self._info.dtype == "C64" else np.float64)).all():
-            raise Undrawable(f'"{shown(self._name)}": a drawn value is out of the range of {self._info.dtype}')
-        return typed.tobytes()
+        return rounded(values, self._info.dtype, self._name)
 
     # --- Elements ------------------------------------------------------------------------------------
 
@@ -113,6 +108,26 @@ class Drawing:
         """Fan-in and fan-out: ``torch.nn.init._calculate_fan_in_and_fan_out``."""
         receptive = prod(self.shape[2:])
         return self.shape[1] * receptive, self.shape[0] * receptive
+
+
+def rounded(values: NDArray[Any], dtype: str, name: str) -> bytes:
+    """Values as the bytes of a dtype, by way of single precision where that is narrower.
+
+    Args:
+        values: In double precision.
+        dtype: One that can be drawn.
+        name: For messages.
+
+    Raises:
+        Undrawable: if a value is out of the range of the dtype.
+    """
+    with np.errstate(over="ignore"):
+        if dtype not in ("F64", "C64"):
+            values = values.astype(np.float32)
+        typed = values.astype(element_type(dtype))
+    if not np.isfinite(typed.astype(np.complex128 if dtype == "C64" else np.float64)).all():
+        raise Undrawable(f'"{shown(name)}": a drawn value is out of the range of {dtype}')
+    return typed.tobytes()
 
 
 #: Values of elements start to stop, shape [stop - start].
@@ -255,45 +270,3 @@ _FORMULAS: dict[str, Callable[..., _Values]] = {
     "xavier_uniform": _xavier_uniform,
     "zeros": lambda drawing: _constant(drawing, 0.0),
 }
-
-
-# --- Like -------------------------------------------------------------------------------------------
-
-
-def moments(read: Callable[[], Iterable[Buffer]], info: TensorInfo, name: str) -> tuple[float, float]:
-    """Mean and (population) standard deviation of a tensor, the same to the last bit on every machine.
-
-    Args:
-        read: The tensor's bytes, in chunks that are all of one size but the last; called twice.
-        info: Its dtype and shape.
-        name: For messages.
-
-    Raises:
-        Undrawable: if the tensor has no values, or one that is not finite.
-    """
-    if not info.elements:
-        raise Undrawable(f'like: "{shown(name)}" has no values to be like')
-    mean = _sum(read, info, lambda values: values) / info.elements
-    if not isfinite(mean):
-        raise Undrawable(f'like: "{shown(name)}" has values that are not finite')
-    variance = _sum(read, info, lambda values: (values - mean) * (values - mean)) / info.elements
-    if not isfinite(variance):
-        raise Undrawable(f'like: the variance of "{shown(name)}" is out of range')
-    return mean, sqrt(variance)
-
-
-def _sum(read: Callable[[], Iterable[Buffer]], info: TensorInfo, term: Callable[[FloatArray], FloatArray]) -> float:
-    """A sum whose order is fixed: chunks are added element by element, the last row exactly."""
-    rows = np.zeros(0)
-    for chunk in read():
-        with np.errstate(all="ignore"):
-            values = term(np.frombuffer(chunk, element_type(info.dtype)).astype(np.float64))
-        if len(values) > len(rows):
-            values[: len(rows)] += rows
-            rows = values
-        else:
-            rows[: len(values)] += values
-    try:
-        return fsum(rows.tolist())
-    except (OverflowError, ValueError):
-        return float("nan")

@@ -146,8 +146,7 @@ class _Fates:
         for position, rule in enumerate(spec.reinit):
             mine, place = owner == position, ("reinit", position)
             if not rule.frozen and (both := mine & freeze.mask & ~self._kept(rule)).any():
-                remedy = f'add "!{shown(rule.match)}" to freeze'
-                self._claimed_twice(both, self._decider("freeze", freeze, both), place, remedy)
+                self._claimed_twice(both, self._decider("freeze", freeze, both), place, self._thawed(rule, both))
             if rule.frozen and (both := mine & train.mask).any():
                 remedy = f'add "!{shown(rule.match)}" to train, or leave `frozen` out'
                 self._claimed_twice(both, self._decider("train", train, both), place, remedy)
@@ -166,6 +165,18 @@ class _Fates:
             names = [self._space.names.names[index] for index in np.flatnonzero(neither).tolist()]
             message = f"in neither freeze nor train: {enumerate_names(names, 3)}; with both keys every tensor is in one"
             self._findings.add(("train",), message)
+
+    def _thawed(self, rule: ReinitRule, both: BoolArray) -> str:
+        """How to let a rule draw tensors that freeze claims, or what it draws of them."""
+        remedy = f'add "!{shown(rule.match)}" to freeze'
+        names = [self._space.names.names[index] for index in np.flatnonzero(both).tolist()]
+        if not rule.keep:
+            return f"add `keep: true` to the rule, or {remedy}" if names[0] in self._freeze.rows else remedy
+        counts = {self._space.tensors[name].shape[:1] for name in names}
+        if len(counts) != 1 or counts == {()} or not isinstance(rule.shape, dict) or set(rule.shape) != {0}:
+            return remedy
+        count = min(*counts.pop(), rule.shape[0])
+        return f'{remedy}, or {{match: {shown(rule.match)}, rows: "[:{count}]"}} to freeze the old rows alone'
 
     def _kept(self, rule: ReinitRule) -> BoolArray:
         """Tensors of which freeze names rows, which a rule that keeps the old ones does not draw, shape [names]."""
@@ -237,7 +248,9 @@ class _Draws:
             shape[dimension % rank] = size
         return tuple(shape.values())
 
-    def resolved(self, name: str, info: TensorInfo, init: Initializer, place: Place) -> Initializer:
+    def resolved(
+        self, name: str, info: TensorInfo, init: Initializer, place: Place, old: TensorInfo | None = None
+    ) -> Initializer:
         """The initializer with ``default`` written out; a problem where it cannot draw the tensor."""
         if init.name == "default":
             module, leaf = module_and_leaf(name)
@@ -249,7 +262,7 @@ class _Draws:
                 return init
             if leaf == "num_batches_tracked" and init.name == "zeros":  # an integer, but a counter that begins at zero
                 return init
-        if reason := refusal(init, info):
+        if reason := refusal(init, info, old):
             self._refused[place, reason].append(name)
         return init
 
@@ -282,7 +295,7 @@ def _drawn(name: str, old: TensorInfo, spec: Spec, position: int, draws: _Draws,
     rows = fates.rows.get(name) if rule.keep and not rule.frozen else None
     if rule.keep:
         fates.check_kept(name, old, info)
-    init = draws.resolved(name, info, rule.init, ("reinit", position, "init"))
+    init = draws.resolved(name, info, rule.init, ("reinit", position, "init"), old)
     return PlannedTensor(
         name=name,
         action="reinit",
@@ -310,6 +323,8 @@ def _added(findings: _Findings, left: Mapping[str, TensorInfo], draws: _Draws) -
             findings.add((*place, "name"), "__metadata__ is no name for a tensor: the format uses it")
         if rule.init.name == "like":
             findings.add((*place, "init"), "like: an added tensor has no old values; write normal with mean and std")
+        if rule.init.name == "mean":
+            findings.add((*place, "init"), "mean: an added tensor has no old rows; write another init")
         init = draws.resolved(rule.name, info, rule.init, (*place, "init"))
         added[rule.name] = PlannedTensor(
             name=rule.name,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -16,32 +18,56 @@ from .copying import Writer
 from .describing import Recorder, base_files
 from .errors import Problem, SpecError, system_failures
 from .initializer_arguments import Initializer
-from .initializers import Drawing, Undrawable, moments
+from .initializers import Drawing, Undrawable
 from .layout import Layout, OutputFile, lay_out
 from .manifest import MANIFEST_NAME, Manifest, SpecIdentity, TensorRecord, is_file_output, manifest_path
 from .metering import Meter, Progress
+from .moments import MeanRow, moments
 from .plans import Plan, PlannedTensor
 from .publishing import Staging, refuse_target, staged
 from .spec import Spec
-from .tensors import DTYPE_BITS
+from .tensors import DTYPE_BITS, Buffer, refuse_foreign_dtypes
 from .wording import enumerate_names, shown
 
-__all__ = ["overlay", "rewrite"]
+__all__ = ["Destination", "convert", "overlay", "rewrite"]
 
 _log = logging.getLogger("ckptsurg")
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where an output goes, and what comes with it.
+
+    Attributes:
+        out: The output: a file whose name ends in ``.safetensors``, or else a folder.
+        others: Files that come along to a folder, by name inside it.
+        config: New content of config.json; None where it is not edited.
+        manifest_at: Where else the manifest goes; of a file output, instead of beside it.
+        overwrite: Whether an earlier output is replaced.
+        max_shard_size: Largest size of a shard's tensors, in bytes; None keeps the base's shards.
+    """
+
+    out: Path
+    others: Mapping[str, Path]
+    config: bytes | None = None
+    manifest_at: Path | None = None
+    overwrite: bool = False
+    max_shard_size: int | None = None
+
+    @property
+    def manifest_elsewhere(self) -> Path | None:
+        """Where the manifest goes, if not to its own place."""
+        if self.manifest_at is None or os.path.realpath(self.manifest_at) == os.path.realpath(manifest_path(self.out)):
+            return None
+        return self.manifest_at
 
 
 def rewrite(
     spec: Spec,
     plan: Plan,
     base: Checkpoint,
-    out: Path,
+    destination: Destination,
     *,
-    others: Mapping[str, Path],
-    config: bytes | None = None,
-    manifest_at: Path | None = None,
-    overwrite: bool = False,
-    max_shard_size: int | None = None,
     algorithm: str = "blake3",
     progress: Progress | None = None,
 ) -> Manifest:
@@ -51,71 +77,89 @@ def rewrite(
         spec: The spec that the plan was made to.
         plan: The plan.
         base: The base that it was made for.
-        out: The output: a file whose name ends in ``.safetensors``, or else a folder.
-        others: Files that come along to a folder, by name inside it.
-        config: New content of config.json; None where it is not edited.
-        manifest_at: Where else the manifest goes; of a file output, instead of beside it.
-        overwrite: Whether an earlier output is replaced.
-        max_shard_size: Largest size of a shard's tensors, in bytes; None keeps the base's shards.
+        destination: Where the output goes.
         algorithm: Of the digests.
         progress: Told how many bytes are written.
 
     Raises:
         SpecError: if a value that is to be drawn does not fit its dtype.
-        UsageError: if the output exists or would touch the base.
+        UsageError: if the output exists or would touch the base, or a tensor has a dtype that safetensors lacks.
         CheckpointError: if the base turns out to be damaged, or changes meanwhile.
         SystemFailure: if the system fails.
     """
-    if manifest_at is not None and os.path.realpath(manifest_at) == os.path.realpath(manifest_path(out)):
-        manifest_at = None
-    with system_failures(shown(out)):
-        refuse_target(out, manifest_at, base, overwrite=overwrite)
-        beside_weights = sum(path.stat().st_size for path in others.values())
-    single = out.name if is_file_output(out) else None
-    layout = lay_out(plan.output, base, single=single, max_shard_size=max_shard_size)
-    for warning in layout.warnings:
-        _log.warning("%s", warning)
-    with staged(out, layout.size + beside_weights) as staging:
-        carrier = _Carrier(spec, plan, base, algorithm, Meter(layout.size, progress))
-        for file in layout.files:
-            with staging.create(file.name) as descriptor:
-                carrier.write(file, descriptor)
-        if single is None:
-            _write_others(staging, layout, base, others, config)
+    carrier, files = _Carrier(spec, plan, base, algorithm), base_files(base, algorithm)
+    with _written(carrier, destination, progress) as staging:
         manifest = Manifest.of(
             carrier.records,
             spec=SpecIdentity(name=spec.name, digest=spec.digest(algorithm)),
-            base=base_files(base, algorithm),
+            base=files,
             dropped=[tensor.name for tensor in plan.tensors if tensor.action == "drop"],
             algorithm=algorithm,
         )
-        base.refuse_if_changed()
-        _publish(staging, manifest.to_bytes(), out, manifest_at, overwrite=overwrite)
+        _publish(staging, manifest.to_bytes(), destination)
     return manifest
 
 
-def _publish(staging: Staging, content: bytes, out: Path, manifest_at: Path | None, *, overwrite: bool) -> None:
+def convert(plan: Plan, base: Checkpoint, destination: Destination, *, progress: Progress | None = None) -> None:
+    """Publish the output of a plan that only copies, and no manifest. Arguments and errors are those of ``rewrite``."""
+    with _written(_Carrier(Spec(version=1), plan, base, "blake3"), destination, progress) as staging:
+        if is_file_output(destination.out):
+            staging.withdraw(manifest_path(destination.out))  # of what was there before
+        _publish_weights(staging, destination)
+
+
+@contextmanager
+def _written(carrier: _Carrier, destination: Destination, progress: Progress | None) -> Iterator[Staging]:
+    """Everything that an output holds but for its manifest, staged; made of a base that is still what it was."""
+    base, out, others = carrier.base, destination.out, destination.others
+    with system_failures(shown(out)):
+        refuse_target(out, destination.manifest_elsewhere, base, overwrite=destination.overwrite)
+        beside_weights = sum(path.stat().st_size for path in others.values())
+    output = carrier.plan.output
+    refuse_foreign_dtypes(base.label, {tensor.name: tensor.info for tensor in output})
+    single = out.name if is_file_output(out) else None
+    layout = lay_out(output, base, single=single, max_shard_size=destination.max_shard_size)
+    for warning in layout.warnings:
+        _log.warning("%s", warning)
+    with staged(out, layout.size + beside_weights) as staging:
+        meter = Meter(layout.size, progress)
+        for file in layout.files:
+            with staging.create(file.name) as descriptor:
+                carrier.write(file, descriptor, meter)
+        if single is None:
+            _write_others(staging, layout, base, others, destination.config)
+        base.refuse_if_changed()
+        yield staging
+
+
+def _publish(staging: Staging, content: bytes, destination: Destination) -> None:
     """The output, then the manifest where that is a file of its own.
 
     An old manifest goes first, so that none ever stands beside weights that it does not describe.
     """
-    if not is_file_output(out):
+    out, target = destination.out, destination.manifest_elsewhere
+    if is_file_output(out):
+        target = target or manifest_path(out)
+    else:
         staging.write(MANIFEST_NAME, content)
-    target = manifest_at or (manifest_path(out) if is_file_output(out) else None)
     if target is None:
-        staging.publish_folder(out, overwrite=overwrite)
+        _publish_weights(staging, destination)
         return
     with staged(target, len(content)) as beside:
         beside.write(target.name, content)
-        if is_file_output(out):
-            if overwrite:
-                staging.withdraw(manifest_path(out))
-                staging.withdraw(target)
-            staging.publish_file(out.name, out, overwrite=overwrite)
-        else:
-            staging.publish_folder(out, overwrite=overwrite)
+        if is_file_output(out) and destination.overwrite:
+            staging.withdraw(manifest_path(out))
+            staging.withdraw(target)
+        _publish_weights(staging, destination)
         beside.published = True
-        beside.publish_file(target.name, target, overwrite=overwrite)
+        beside.publish_file(target.name, target, overwrite=destination.overwrite)
+
+
+def _publish_weights(staging: Staging, destination: Destination) -> None:
+    if is_file_output(destination.out):
+        staging.publish_file(destination.out.name, destination.out, overwrite=destination.overwrite)
+    else:
+        staging.publish_folder(destination.out, overwrite=destination.overwrite)
 
 
 def _write_others(
@@ -146,20 +190,20 @@ def _index(layout: Layout, base: Checkpoint) -> bytes:
 class _Carrier:
     """Writes files of an output, and keeps a record of every tensor it wrote."""
 
-    def __init__(self, spec: Spec, plan: Plan, base: Checkpoint, algorithm: str, meter: Meter) -> None:
+    def __init__(self, spec: Spec, plan: Plan, base: Checkpoint, algorithm: str) -> None:
         self.records: dict[str, TensorRecord] = {}
-        self._spec, self._seed, self._base = spec, plan.seed, base
-        self._algorithm, self._meter = algorithm, meter
+        self.plan, self.base = plan, base
+        self._spec, self._algorithm = spec, algorithm
 
-    def write(self, file: OutputFile, descriptor: int) -> None:
-        writer = Writer(descriptor, self._base.label, self._meter.advance)
+    def write(self, file: OutputFile, descriptor: int, meter: Meter) -> None:
+        writer = Writer(descriptor, self.base.label, meter.advance)
         writer.write_new([file.header])
         for tensor in file.tensors:
             recorder = Recorder(tensor, self._algorithm)
-            if tensor.action == "copy" and (extent := self._base.extents.get(tensor.name)) is not None:
+            if tensor.action == "copy" and (extent := self.base.extents.get(tensor.name)) is not None:
                 writer.copy_range(extent, recorder)
             elif tensor.action == "copy":
-                writer.write_new(self._base.read(tensor.name), recorder)
+                writer.write_new(self.base.read(tensor.name), recorder)
             else:
                 try:
                     self._draw(tensor, writer, recorder)
@@ -168,26 +212,33 @@ class _Carrier:
             self.records[tensor.name] = recorder.record()
 
     def _draw(self, tensor: PlannedTensor, writer: Writer, recorder: Recorder) -> None:
-        assert tensor.init is not None
-        drawing = Drawing(self._seed, tensor.name, tensor.info, self._filled(tensor, tensor.init))
         if not tensor.keep:
-            writer.write_new(drawing.read(0, tensor.info.elements), recorder)
+            writer.write_new(self._values(tensor)(0, tensor.info.elements), recorder)
             return
-        read_old = self._base.ranges(tensor.name)
+        old = self.base.tensors[tensor.name].shape
+        # What only shrinks draws nothing, so nothing is asked of its old values. They are asked before the old
+        # tensor's own stream begins: some sources have one buffer for all that they read.
+        grows = any(now > before for before, now in zip(old, tensor.shape, strict=True))
+        read_new = self._values(tensor) if grows else None
+        read_old = self.base.ranges(tensor.name)
         size = DTYPE_BITS[tensor.dtype] // 8
-        for is_old, start, length in overlay(self._base.tensors[tensor.name].shape, tensor.shape):
+        for is_old, start, length in overlay(old, tensor.shape):
             if is_old:
                 writer.write_new(read_old(start * size, (start + length) * size), recorder)
             else:
-                writer.write_new(drawing.read(start, start + length), recorder)
+                assert read_new is not None
+                writer.write_new(read_new(start, start + length), recorder)
 
-    def _filled(self, tensor: PlannedTensor, init: Initializer) -> Initializer:
-        """``like`` with the old tensor's mean and standard deviation filled in."""
-        if init.name != "like":
-            return init
-        name = tensor.name
-        mean, std = moments(lambda: self._base.read(name), self._base.tensors[name], name)
-        return Initializer(name="normal", arguments={"mean": mean, "std": std})
+    def _values(self, tensor: PlannedTensor) -> Callable[[int, int], Iterator[Buffer]]:
+        """A reader of a drawn tensor's bytes, by first element and the one after the last."""
+        name, init = tensor.name, tensor.init
+        assert init is not None
+        if init.name == "mean":
+            return MeanRow(lambda: self.base.read(name), self.base.tensors[name], name).read
+        if init.name == "like":
+            mean, std = moments(lambda: self.base.read(name), self.base.tensors[name], name)
+            init = Initializer(name="normal", arguments={"mean": mean, "std": std})
+        return Drawing(self.plan.seed, name, tensor.info, init).read
 
 
 def overlay(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[bool, int, int]]:

@@ -116,11 +116,11 @@ class TensorSource(Protocol):
         """
 
 
-def refuse_foreign_dtypes(source: TensorSource) -> None:
+def refuse_foreign_dtypes(label: str, tensors: Mapping[str, TensorInfo]) -> None:
     """Raise UsageError, naming the first tensor whose dtype safetensors does not have."""
-    for name, info in source.tensors.items():
+    for name, info in tensors.items():
         if info.dtype not in DTYPE_BITS:
-            raise UsageError(f'{source.label}: "{shown(name)}" is {info.dtype}, which safetensors does not have')
+            raise UsageError(f'{label}: "{shown(name)}" is {info.dtype}, which safetensors does not have')
 
 
 class _Hash(Protocol):

@@ -303,7 +303,7 @@ def diff(a: TensorSource, b: TensorSource, *, progress: Progress | None = None) 
         SystemFailure: if one of them cannot be read.
     """
     for source in (a, b):
-        refuse_foreign_dtypes(source)
+        refuse_foreign_dtypes(source.label, source.tensors)
     meter = Meter(sum(info.nbytes for name, info in a.tensors.items() if b.tensors.get(name) == info), progress)
     differences: list[Difference] = []
     traits: dict[str, Traits] = {}

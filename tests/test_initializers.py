@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import operator
 import os
-from math import ceil, prod, sqrt
+import struct
+import tracemalloc
+from fractions import Fraction
+from math import ceil, fsum, prod, sqrt
 
 import numpy as np
 import pytest
@@ -17,7 +22,8 @@ from scipy import special, stats
 from ckptsurg import random_bits
 from ckptsurg.initializer_arguments import Init, Initializer
 from ckptsurg.initializers import BLOCK, Drawing, Undrawable
-from ckptsurg.tensors import TensorInfo
+from ckptsurg.moments import MeanRow
+from ckptsurg.tensors import CHUNK_BYTES, TensorInfo
 
 ALPHA = 1e-4
 DTYPES = {
@@ -528,3 +534,130 @@ def test_two_tensors_are_independent(names, name):
     assert not np.array_equal(one, other)
     for a, b in ((one, other), (one**2, other**2), (one[1:], other[:-1])):
         assert abs(np.corrcoef(a, b)[0, 1]) < 5 / sqrt(len(a))
+
+
+# --- Mean ---------------------------------------------------------------------------------------------
+
+MEANS = [
+    ((1, 3), 0),
+    ((5,), 1),
+    ((70_001,), 2),
+    ((9, 7), 3),
+    ((3_000, 50), 4),
+    ((1_001, 2, 3, 3), 5),
+    ((3, 70_000), 6),
+    ((2, 131_072), 7),
+    ((4, 0), 8),
+    ((40_000, 4), 9),
+]
+
+
+def some_values(shape, dtype: str, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, generator=generator, dtype=torch.float64) * 3 + 0.25
+    return torch.complex(values.float(), values.flip(0).float()) if dtype == "C64" else values.to(DTYPES[dtype])
+
+
+def columns_of(tensor: torch.Tensor) -> list[list[float]]:
+    """The values of each column, as Python's own numbers; of complex ones, real and imaginary parts are two columns."""
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return real.double().reshape(len(tensor), prod(real.shape[1:])).T.tolist()
+
+
+def mean_row(tensor: torch.Tensor, dtype: str, chunk: int = CHUNK_BYTES, rows: int = 1) -> bytes:
+    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    row = MeanRow(
+        lambda: (data[at : at + chunk] for at in range(0, len(data), chunk)),
+        TensorInfo(dtype, tuple(tensor.shape)),
+        "w",
+    )
+    return b"".join(row.read(0, rows * prod(tensor.shape[1:])))
+
+
+def in_blocks(column: list[float], width: int) -> float:
+    """What is promised of a sum, in plain Python: every so many rows are added up in their order, then all exactly."""
+    every = max(1, 65_536 // width)
+    return fsum(functools.reduce(operator.add, column[at::every], 0.0) for at in range(min(every, len(column))))
+
+
+@pytest.mark.parametrize(("shape", "seed"), MEANS, ids=str)
+def test_the_mean_row_in_double_precision_is_added_up_in_a_fixed_order(shape, seed):
+    values = some_values(shape, "F64", seed)
+    columns = columns_of(values)
+    expected = [in_blocks(column, len(columns)) / shape[0] for column in columns]
+    assert mean_row(values, "F64") == struct.pack(f"<{len(expected)}d", *expected)
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != "F64"])
+@pytest.mark.parametrize(
+    ("shape", "seed"), [((5,), 1), ((9, 7), 3), ((3_000, 5), 4), ((301, 2, 3), 5), ((2, 9_000), 6)]
+)
+def test_the_mean_row_of_narrower_values_is_the_exact_one_rounded(shape, seed, dtype):
+    values = some_values(shape, dtype, seed)
+    # float() of a fraction is the nearest one.
+    exact = [float(sum(map(Fraction, column)) / shape[0]) for column in columns_of(values)]
+    rounded = torch.tensor(exact, dtype=torch.float64).float()
+    expected = rounded if dtype == "C64" else rounded.to(DTYPES[dtype])
+    assert mean_row(values, dtype) == expected.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def test_the_mean_row_is_pinned():
+    """As the other draws are: whoever changes these gives every spec in the world other weights."""
+    values = torch.frombuffer(bytearray(raw("normal", (30_011, 5), "F64")), dtype=torch.float64).reshape(30_011, 5)
+    values[::7] *= 2.0**40
+    pinned = "1e040997285e9441b10234e72487f0c195bddbaf80b5f04194c864bbbce5e141f89b49e7e4a2d141"
+    assert mean_row(values, "F64").hex() == pinned
+    assert struct.pack("<5d", *(in_blocks(column, 5) / 30_011 for column in columns_of(values))).hex() == pinned
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "BF16", "F8_E4M3", "C64"])
+@pytest.mark.parametrize("chunk", [8, 24, 1_000, 65_536, 524_288, CHUNK_BYTES])
+def test_the_mean_row_does_not_depend_on_chunks(chunk, dtype):
+    for shape in ((700, 30), (5_003,), (2, 66_000)):
+        values = some_values(shape, dtype, 1)
+        assert mean_row(values, dtype, chunk) == mean_row(values, dtype)
+
+
+@given(data=st.data(), shape=st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple))
+@settings(deadline=None, max_examples=60)
+def test_any_part_of_mean_rows_is_a_part_of_the_whole(data, shape):
+    values = some_values(shape, "BF16", 3)
+    packed = values.reshape(-1).view(torch.uint8).numpy().tobytes()
+    row = MeanRow(lambda: iter([packed]), TensorInfo("BF16", shape), "w")
+    count = 200_000
+    whole = mean_row(values, "BF16") * (-(-count // prod(shape[1:])))
+    start, stop = sorted((data.draw(st.integers(0, count)), data.draw(st.integers(0, count))))
+    assert b"".join(row.read(start, stop)) == whole[2 * start : 2 * stop]
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("shape", [(7,), (4, 3), (2, 66_000)])
+def test_the_mean_of_values_that_are_not_finite_is_refused(shape, odd):
+    for dtype in ("F64", "F16"):
+        values = some_values(shape, dtype, 0)
+        values[-1] = odd
+        with pytest.raises(Undrawable, match='mean: "w" has values that are not finite, or whose sum is not'):
+            mean_row(values, dtype)
+
+
+def test_a_sum_that_overflows_is_refused():
+    for shape in ((3,), (3, 66_000)):
+        with pytest.raises(Undrawable, match="whose sum is not"):
+            mean_row(torch.full(shape, 1.7e308, dtype=torch.float64), "F64")
+
+
+def test_the_mean_row_is_read_piece_by_piece():
+    shape, rows = (4_000, 4_000), 100
+    piece = np.full((rows, shape[1]), 0.5, np.float32).tobytes()
+    tracemalloc.start()
+    row = MeanRow(lambda: iter([piece] * (shape[0] // rows)), TensorInfo("F32", shape), "w")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert b"".join(row.read(0, shape[1])) == piece[: 4 * shape[1]]
+    assert peak < 8_000_000 < 4 * prod(shape)
+
+
+def test_mean_is_no_drawing_of_its_own():
+    assert parsed("mean").arguments == {}
+    with pytest.raises(KeyError):
+        drawing("mean", (3,))

@@ -29,7 +29,18 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print the document
 _digest = click.option(
     "--digest", type=click.Choice(["blake3", "sha256"]), default="blake3", show_default=True, help="Digest algorithm."
 )
+_model = click.option(
+    "--model",
+    metavar="MODULE:FUNCTION",
+    help="Makes the model of Keras to which a file of weights alone belongs.",
+)
 _overwrite = click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
+_max_shard_size = click.option(
+    "--max-shard-size", metavar="SIZE", help="Split anew: 5GB, 500MB or bytes. Default: the base's shards."
+)
+_keep_other_weights = click.option(
+    "--keep-other-weights", is_flag=True, help="Bring other files of weights in the base's folder along."
+)
 
 
 class ReaderGone(Exception):
@@ -49,7 +60,9 @@ class _Commands(click.Group):
 def cli() -> None:
     """Declarative surgery on model checkpoints, with proof that frozen weights stayed frozen.
 
-    A checkpoint (CKPT) is a .safetensors file, a model folder, or the index of a sharded checkpoint.
+    A checkpoint (CKPT) is a .safetensors file, a model folder, or the index of a sharded checkpoint; also a PyTorch
+    archive (.pt, .pth, .bin), a folder of torch.distributed.checkpoint, or a file of Keras (.keras, .weights.h5, .h5).
+    What is written is always safetensors.
 
     \b
     Exit codes: 0 done, or identical; 1 verify or diff found a difference; 2 bad usage, spec or manifest;
@@ -62,16 +75,19 @@ def cli() -> None:
 @cli.command()
 @_argument("ckpt")
 @click.argument("patterns", metavar="[PATTERN]...", nargs=-1)
+@_model
 @_json
-def inspect(ckpt: Path, patterns: tuple[str, ...], as_json: bool) -> None:
+def inspect(ckpt: Path, patterns: tuple[str, ...], model: str | None, as_json: bool) -> None:
     """Show the tree of modules, or what patterns select.
 
     Several patterns are a list as in a spec: the later one wins, and ! takes away.
     """
     from ..api import inspect
+    from ..coercing import opened_with
     from . import rendering
 
-    result = inspect(ckpt, patterns)
+    with opened_with(model, ckpt) as [base]:
+        result = inspect(base, patterns)
     if as_json:
         _print_document(result)
     else:
@@ -81,13 +97,16 @@ def inspect(ckpt: Path, patterns: tuple[str, ...], as_json: bool) -> None:
 @cli.command()
 @_argument("spec")
 @_argument("ckpt")
+@_model
 @_json
-def plan(spec: Path, ckpt: Path, as_json: bool) -> None:
+def plan(spec: Path, ckpt: Path, model: str | None, as_json: bool) -> None:
     """Show what a rewrite would do. Only headers are read, nothing is written."""
     from ..api import plan_with_spec
+    from ..coercing import opened_with
     from . import rendering
 
-    loaded, result = plan_with_spec(spec, ckpt)
+    with opened_with(model, ckpt) as [base]:
+        loaded, result = plan_with_spec(spec, base)
     if as_json:
         _print_document(result)
     else:
@@ -100,9 +119,10 @@ def plan(spec: Path, ckpt: Path, as_json: bool) -> None:
 @_path_option("-o", "--output", "out", required=True, help="A folder, or a file whose name ends in .safetensors.")
 @_path_option("--manifest", help="Put the manifest here (a folder keeps its own as well).")
 @_overwrite
-@click.option("--max-shard-size", metavar="SIZE", help="Split anew: 5GB, 500MB or bytes. Default: the base's shards.")
+@_max_shard_size
 @_digest
-@click.option("--keep-other-weights", is_flag=True, help="Bring other files of weights in the base's folder along.")
+@_keep_other_weights
+@_model
 @_json
 def rewrite(
     spec: Path,
@@ -113,16 +133,18 @@ def rewrite(
     max_shard_size: str | None,
     digest: str,
     keep_other_weights: bool,
+    model: str | None,
     as_json: bool,
 ) -> None:
     """Publish the checkpoint that a spec describes, and its manifest."""
     from ..api import rewrite
+    from ..coercing import opened_with
     from . import rendering
 
-    with rendering.progress("rewrite") as advance:
+    with opened_with(model, ckpt) as [base], rendering.progress("rewrite") as advance:
         result = rewrite(
             spec,
-            ckpt,
+            base,
             out,
             manifest=manifest,
             overwrite=overwrite,
@@ -138,19 +160,61 @@ def rewrite(
 
 
 @cli.command()
+@_argument("src")
+@_argument("out")
+@_overwrite
+@_max_shard_size
+@_keep_other_weights
+@_model
+@_json
+def convert(
+    src: Path,
+    out: Path,
+    overwrite: bool,
+    max_shard_size: str | None,
+    keep_other_weights: bool,
+    model: str | None,
+    as_json: bool,
+) -> None:
+    """Publish a checkpoint as safetensors: the same tensors, bit by bit, in another container.
+
+    OUT is a file if its name ends in .safetensors, else a folder.
+    """
+    from ..api import convert
+    from ..coercing import opened_with
+    from . import rendering
+
+    with opened_with(model, src) as [base], rendering.progress("convert") as advance:
+        result = convert(
+            base,
+            out,
+            overwrite=overwrite,
+            max_shard_size=max_shard_size,
+            keep_other_weights=keep_other_weights,
+            progress=advance,
+        )
+    if as_json:
+        _print_document(result)
+    else:
+        rendering.show_converted(result, out)
+
+
+@cli.command()
 @_argument("spec")
 @_argument("ckpt")
 @_path_option("-o", "--output", "out", required=True, help="The manifest to write.")
 @_overwrite
 @_digest
+@_model
 @_json
-def manifest(spec: Path, ckpt: Path, out: Path, overwrite: bool, digest: str, as_json: bool) -> None:
+def manifest(spec: Path, ckpt: Path, out: Path, overwrite: bool, digest: str, model: str | None, as_json: bool) -> None:
     """Write the manifest of a checkpoint that is trained as it is."""
     from ..api import make_manifest, write_manifest
+    from ..coercing import opened_with
     from . import rendering
 
-    with rendering.progress("manifest") as advance:
-        result = make_manifest(spec, ckpt, digest=digest, progress=advance)
+    with opened_with(model, ckpt) as [base], rendering.progress("manifest") as advance:
+        result = make_manifest(spec, base, digest=digest, progress=advance)
     write_manifest(result, out, overwrite=overwrite)
     if as_json:
         _print_document(result)
@@ -168,6 +232,7 @@ def manifest(spec: Path, ckpt: Path, out: Path, overwrite: bool, digest: str, as
 @_path_option("--names", metavar="MAP", help="A JSON or YAML map from names in CKPT to names in the manifest.")
 @click.option("--allow-widened", is_flag=True, help="Accept the same values in a wider dtype.")
 @click.option("--expect-trained", is_flag=True, help="A trainable tensor that did not move is a difference.")
+@_model
 @_json
 def verify(
     manifest: Path,
@@ -179,6 +244,7 @@ def verify(
     names: Path | None,
     allow_widened: bool,
     expect_trained: bool,
+    model: str | None,
     as_json: bool,
 ) -> int:
     """Prove that every frozen tensor of a trained checkpoint has its bits.
@@ -187,13 +253,15 @@ def verify(
     MANIFEST may also be the output, file or folder, that it stands by.
     """
     from ..api import load_names, verify
+    from ..coercing import opened_with
     from . import rendering
 
-    with rendering.progress("verify") as advance:
+    paths = [ckpt] if baseline is None else [ckpt, baseline]
+    with opened_with(model, *paths) as [trained, *before], rendering.progress("verify") as advance:
         result = verify(
             manifest,
-            ckpt,
-            baseline=baseline,
+            trained,
+            baseline=before[0] if before else None,
             names=None if names is None else load_names(names),
             prefix=prefix,
             root=root,
@@ -212,17 +280,19 @@ def verify(
 @cli.command()
 @_argument("a")
 @_argument("b")
+@_model
 @_json
-def diff(a: Path, b: Path, as_json: bool) -> int:
+def diff(a: Path, b: Path, model: str | None, as_json: bool) -> int:
     """Compare two checkpoints, tensor by tensor, bit by bit.
 
     Exit codes: 0 identical; 1 different; 2 bad usage; 3 a malformed checkpoint; 4 the system failed.
     """
     from ..api import diff
+    from ..coercing import opened_with
     from . import rendering
 
-    with rendering.progress("diff") as advance:
-        result = diff(a, b, progress=advance)
+    with opened_with(model, a, b) as [one, other], rendering.progress("diff") as advance:
+        result = diff(one, other, progress=advance)
     if as_json:
         _print_document(result)
     else:

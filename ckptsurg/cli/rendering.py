@@ -23,7 +23,16 @@ if TYPE_CHECKING:
     from ..report import Difference, DiffReport, Report
     from ..spec import Spec
 
-__all__ = ["progress", "show_diff", "show_inspection", "show_manifest", "show_plan", "show_report", "size"]
+__all__ = [
+    "progress",
+    "show_converted",
+    "show_diff",
+    "show_inspection",
+    "show_manifest",
+    "show_plan",
+    "show_report",
+    "size",
+]
 
 _ROWS = 40
 
@@ -204,6 +213,15 @@ def _initializer(tensor: PlannedTensor) -> str:
 
 
 # --- rewrite, manifest ------------------------------------------------------------------------------
+
+
+def show_converted(inspection: Inspection, out: Path) -> None:
+    """What a change of container published."""
+    console = _console()
+    console.print(f"published    {shown(out)}", soft_wrap=True)
+    total = sum(info.nbytes for info in inspection.infos.values())
+    files = counted(len(inspection.files), "file")
+    console.print(f"tensors      {counted(len(inspection.tensors))}, {size(total)} in {files}")
 
 
 def show_manifest(manifest: Manifest, out: Path | None, manifest_at: Path | None) -> None:
