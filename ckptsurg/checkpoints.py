@@ -38,7 +38,7 @@ class StoredFile:
         descriptor: Open for reading.
         status: What ``fstat`` said when the file was opened.
         header: Length of the header's JSON, in bytes; it follows the eight bytes of its length. Of another format, what
-            stands for a header: dtypes and shapes as canonical JSON.
+            stands for a header: dtype and shape by name as JSON, sorted by name, ASCII alone, without white space.
         metadata: ``__metadata__``, or None where the file has none.
     """
 
@@ -58,6 +58,9 @@ class StoredFile:
         if isinstance(self.header, bytes):
             return digest_of([self.header], algorithm)
         return digest_of(read_extent(Extent(self, 8, self.header), shown(self.name)), algorithm)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
 
     def refuse_if_changed(self, label: str) -> None:
         """Raise CheckpointError if somebody wrote to the file since it was opened."""
@@ -122,7 +125,7 @@ class Checkpoint:
     _closer: weakref.finalize[Any, Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._closer = weakref.finalize(self, _close, [file.descriptor for file in self.files])
+        self._closer = weakref.finalize(self, _close, list(self.files))
         self.label = shown(self.path) if self.path is not None else self.source.label if self.source else ""
         self.metadata, self.clashes = merged_metadata(self.files)
         if self.source is not None:
@@ -247,9 +250,9 @@ def read_small(path: Path, limit: int) -> bytes:
     return raw
 
 
-def _close(descriptors: Sequence[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
+def _close(files: Sequence[StoredFile]) -> None:
+    for file in files:
+        file.close()
 
 
 def read_extent(extent: Extent, label: str, buffer: bytearray | None = None) -> Iterator[memoryview]:

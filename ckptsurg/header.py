@@ -21,14 +21,14 @@ from .parsing import parse_json
 from .tensors import DTYPE_BITS, TensorInfo
 from .wording import shown
 
-__all__ = ["MAX_HEADER_BYTES", "OpenedFile", "encode_header", "open_file"]
+__all__ = ["MAX_HEADER_BYTES", "OpenedFile", "begins_like_safetensors", "encode_header", "open_file"]
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_RANK = 64
 _LENGTH_BYTES = 8
 _UINT64 = 2**64
 
-_ARCHIVE_HINT = "load it with torch and save it with safetensors.torch"
+_ARCHIVE_HINT = "its name says safetensors; called .pth, it is read by torch"
 _PAGE_HINT = "the download was not the file; fetch it again"
 #: What a file that is no safetensors file begins with, what it is then, and what to do.
 _OTHER_FORMATS: tuple[tuple[re.Pattern[bytes], str, str | None], ...] = (
@@ -36,7 +36,11 @@ _OTHER_FORMATS: tuple[tuple[re.Pattern[bytes], str, str | None], ...] = (
     (re.compile(rb"PK\x03\x04"), "a ZIP archive, such as PyTorch writes", _ARCHIVE_HINT),
     (re.compile(rb"\x80[\x02-\x05]"), "a pickle, such as old PyTorch writes", _ARCHIVE_HINT),
     (re.compile(rb"GGUF"), "a GGUF file", "convert it to safetensors"),
-    (re.compile(rb"\x89HDF\r\n"), "an HDF5 file, such as Keras writes", None),
+    (
+        re.compile(rb"\x89HDF\r\n"),
+        "an HDF5 file, such as Keras writes",
+        "its name says safetensors; called .h5 or .weights.h5, it is read by Keras",
+    ),
     (re.compile(rb"\s*<(!doctype\s+)?html", re.IGNORECASE), "an HTML page", _PAGE_HINT),
     (re.compile(rb"\s*<[?]xml", re.IGNORECASE), "an XML document", _PAGE_HINT),
     (
@@ -83,6 +87,12 @@ def open_file(path: Path, name: str, flags: int = 0) -> OpenedFile:
         os.close(descriptor)
         raise
     return OpenedFile(file, tensors, extents)
+
+
+def begins_like_safetensors(prefix: bytes) -> bool:
+    """Whether the first bytes of a file are a length that a header may have, and the header's first."""
+    length = int.from_bytes(prefix[:_LENGTH_BYTES], "little")
+    return 0 < length <= MAX_HEADER_BYTES and prefix[_LENGTH_BYTES : _LENGTH_BYTES + 1] == b"{"
 
 
 def _read_header(descriptor: int, size: int, label: str) -> bytes:

@@ -216,10 +216,10 @@ def test_an_index_of_another_name_opens_by_its_path_and_is_named_where_the_folde
     assert "model.fp16.safetensors.index.json" in (caught.value.hint or "")
 
 
-def test_a_pytorch_index_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "pytorch_model.bin"}}))
+def test_an_archive_in_the_index_of_safetensors_is_refused(tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "pytorch_model.bin"}}))
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02}.")
-    assert "is not a .safetensors file" in refusal(tmp_path / "pytorch_model.bin.index.json")
+    assert "is not a .safetensors file" in refusal(tmp_path / INDEX)
 
 
 @pytest.mark.parametrize("name", ["model", "model.safetensors", INDEX])

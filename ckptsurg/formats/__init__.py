@@ -2,38 +2,114 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from ..checkpoints import Checkpoint
 from ..errors import UsageError, system_failures
+from ..header import begins_like_safetensors
 from ..wording import shown
-from .adapter import ADAPTER_NAME, AdapterOverBase, base_of_adapter
-from .folder import open_folder, open_index
+from .adapter import AdapterOverBase, adapter_in, base_of_adapter
+from .folder import holds_safetensors, open_folder, open_index
 from .safetensors import open_single
 
-__all__ = ["AdapterOverBase", "open_checkpoint", "open_trained"]
+__all__ = ["AdapterOverBase", "is_keras_file", "open_checkpoint", "open_trained"]
+
+_KERAS = (".keras", ".h5", ".hdf5")
+_TORCH = (".pt", ".pth", ".bin", ".ckpt")
+#: What ``torch.distributed.checkpoint`` calls the file that says where tensors are.
+_DISTRIBUTED_NAME = ".metadata"
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a checkpoint: a ``.safetensors`` file, a model folder, or the index of a sharded checkpoint.
+def open_checkpoint(path: str | Path, *, model: Callable[[], Any] | None = None) -> Checkpoint:
+    """Open a checkpoint.
 
-    Only headers are read. Close the checkpoint, or use it in a ``with``.
+    Of safetensors only headers are read. Other formats are read by their frameworks, which must be installed: archives
+    and distributed checkpoints of PyTorch, files of Keras. Close the checkpoint, or use it in a ``with``.
+
+    Args:
+        path: A ``.safetensors`` file, a model folder, the index of a sharded checkpoint; a PyTorch archive, or a folder
+            of ``torch.distributed.checkpoint``; a ``.keras``, ``.weights.h5`` or ``.h5`` file.
+        model: Makes the model of Keras that a file belongs to, where the file holds weights alone.
 
     Raises:
-        UsageError: if there is nothing at the path, or no checkpoint in the folder.
+        UsageError: if there is nothing at the path, no checkpoint in the folder, or a framework is not installed.
         CheckpointError: if it is malformed.
         SystemFailure: if the system cannot read it.
     """
     path = Path(path)
     with system_failures(shown(path)):
-        if path.is_dir():
-            return open_folder(path)
-        if not path.exists():
-            raise UsageError(f"{shown(path)}: no such file or folder")
-        if path.name.endswith(".index.json"):
-            return open_index(path)
-        return open_single(path)
+        if not path.is_dir():
+            return _open_file(path, model)
+        if model is not None:
+            raise UsageError(f"{shown(path)}: a model is given for a file of Keras, and this is a folder")
+        return _open_folder(path)
+
+
+def _open_file(path: Path, model: Callable[[], Any] | None) -> Checkpoint:
+    if not path.exists():
+        raise UsageError(f"{shown(path)}: no such file or folder")
+    if path.name == _DISTRIBUTED_NAME:
+        return _open_distributed(path.parent)
+    if path.name.endswith(".distcp"):
+        raise UsageError(f"{shown(path)}: is a part of a distributed checkpoint", hint="give its folder")
+    if path.name.endswith(".bin.index.json"):
+        from .torch_archive import open_archive_index
+
+        return open_archive_index(path)
+    if path.name.endswith(".index.json"):
+        return open_index(path)
+    kind = _kind_of(path)
+    if kind == "keras":
+        from .keras import open_keras
+
+        return open_keras(path, model)
+    if model is not None:
+        raise UsageError(f"{shown(path)}: a model is given for a file of Keras, and this is none")
+    if kind == "torch":
+        from .torch_archive import open_archive
+
+        return open_archive(path)
+    return open_single(path)
+
+
+def _open_folder(path: Path) -> Checkpoint:
+    if not holds_safetensors(path):
+        from .torch_archive import holds_archive, open_archive_folder
+
+        if holds_archive(path):
+            return open_archive_folder(path)
+        if os.path.lexists(path / _DISTRIBUTED_NAME):
+            return _open_distributed(path)
+    return open_folder(path)
+
+
+def _open_distributed(path: Path) -> Checkpoint:
+    from .distributed import open_distributed
+
+    return open_distributed(path)
+
+
+def is_keras_file(path: Path) -> bool:
+    """Whether Keras reads what is at the path."""
+    return _kind_of(path) == "keras"
+
+
+def _kind_of(path: Path) -> str:
+    """``safetensors``, ``torch`` or ``keras``: by the content, and where that says nothing, by the name's ending."""
+    if not path.is_file() or path.name.endswith(".safetensors"):
+        return "safetensors"
+    with path.open("rb") as file:
+        prefix = file.read(64)
+    if begins_like_safetensors(prefix):
+        return "safetensors"
+    if prefix.startswith(b"\x89HDF\r\n\x1a\n") or path.name.endswith(_KERAS):
+        return "keras"
+    is_archive = prefix.startswith((b"PK\x03\x04", b"\x80")) or path.name.endswith(_TORCH)
+    return "torch" if is_archive else "safetensors"
 
 
 def open_trained(path: str | Path) -> Checkpoint | AdapterOverBase:
@@ -50,7 +126,7 @@ def open_trained(path: str | Path) -> Checkpoint | AdapterOverBase:
     if base is None:
         return open_checkpoint(path)
     with ExitStack() as stack:
-        adapter = stack.enter_context(open_checkpoint(path / ADAPTER_NAME))
+        adapter = stack.enter_context(open_checkpoint(adapter_in(path)))
         opened = AdapterOverBase(path, adapter, stack.enter_context(open_checkpoint(base)))
         stack.pop_all()
     return opened

@@ -15,12 +15,18 @@ from ..renaming import unwrapped
 from ..tensors import Buffer, TensorInfo
 from ..wording import shown
 
-__all__ = ["ADAPTER_NAME", "AdapterOverBase", "base_of_adapter"]
+__all__ = ["AdapterOverBase", "adapter_in", "base_of_adapter"]
 
-ADAPTER_NAME = "adapter_model.safetensors"
+_SAFETENSORS_NAME, _ARCHIVE_NAME = "adapter_model.safetensors", "adapter_model.bin"
 CONFIG_NAME = "adapter_config.json"
 #: Of a configuration that is read, in bytes; PEFT writes a few thousand.
 MAX_CONFIG_BYTES = 10_000_000
+
+
+def adapter_in(folder: Path) -> Path:
+    """The file of the adapter's own tensors: safetensors, or the archive that PEFT wrote before."""
+    archive = folder / _ARCHIVE_NAME
+    return archive if archive.is_file() and not (folder / _SAFETENSORS_NAME).exists() else folder / _SAFETENSORS_NAME
 
 
 def base_of_adapter(folder: Path) -> Path | None:
@@ -31,7 +37,7 @@ def base_of_adapter(folder: Path) -> Path | None:
         UsageError: if the base is not on this machine.
     """
     config = folder / CONFIG_NAME
-    if not (config.is_file() and (folder / ADAPTER_NAME).is_file()):
+    if not (config.is_file() and adapter_in(folder).is_file()):
         return None
     try:
         document: Any = parse_json(read_small(config, MAX_CONFIG_BYTES).decode("utf-8"))

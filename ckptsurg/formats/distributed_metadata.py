@@ -1,0 +1,136 @@
+"""The metadata of ``torch.distributed.checkpoint``, which torch itself reads with a full pickle."""
+
+from __future__ import annotations
+
+import pickle
+from functools import cache
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..checkpoints import open_regular
+from ..errors import CheckpointError, UsageError
+from ..wording import shown
+from .indexes import refuse_outside
+from .saved_by_torch import reading, safe_torch
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
+
+__all__ = ["METADATA_NAME", "malformed", "read_metadata"]
+
+METADATA_NAME = ".metadata"
+
+
+def read_metadata(folder: Path, label: str) -> Metadata:
+    """The metadata, unpickled with nothing but what torch.distributed.checkpoint writes there.
+
+    Args:
+        folder: Of the checkpoint.
+        label: How messages call it.
+
+    Raises:
+        UsageError: if there is no torch that reads the checkpoint safely.
+        CheckpointError: if the metadata is malformed, or holds anything else.
+    """
+    torch = safe_torch(label)
+    if not torch.distributed.is_available():
+        raise UsageError(f"{label}: this PyTorch is built without torch.distributed", hint="install another build")
+    path = folder / METADATA_NAME
+    refuse_outside(path, folder)
+    descriptor, _ = open_regular(path.resolve())
+    label = shown(path)
+    with open(descriptor, "rb") as file, reading(label):  # noqa: PTH123 - of a descriptor
+        metadata = _MetadataUnpickler(file).load()
+        _refuse_malformed(metadata, label)
+    found: Metadata = metadata
+    return found
+
+
+def malformed(label: str, what: str) -> CheckpointError:
+    """What is said of metadata that torch would not have written."""
+    return CheckpointError(f"{label}: the metadata is malformed: {what}", hint="fetch it or save it again")
+
+
+def _refuse_malformed(metadata: Any, label: str) -> None:
+    """Every part has the type that torch gives it; what is amiss besides raises whatever it does."""
+    from torch import Size, dtype
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorStorageMetadata,
+    )
+
+    if not isinstance(metadata, Metadata):
+        raise malformed(label, f"expected Metadata, found {type(metadata).__name__}")
+    records: dict[Any, Any] = metadata.state_dict_metadata
+    for key, record in records.items():
+        if type(key) is not str or not isinstance(record, BytesStorageMetadata | TensorStorageMetadata):
+            raise malformed(label, shown(key))
+        if isinstance(record, TensorStorageMetadata):
+            kind: Any = record.properties.dtype
+            sizes = [record.size, *(size for chunk in record.chunks for size in (chunk.offsets, chunk.sizes))]
+            if not isinstance(kind, dtype) or any(type(size) is not Size for size in sizes):
+                raise malformed(label, shown(key))
+    places: dict[Any, Any] = metadata.storage_data
+    for index, place in places.items():
+        if not isinstance(index, MetadataIndex) or not isinstance(place, _StorageInfo):
+            raise malformed(label, "storage_data")
+        path: Any = place.relative_path
+        if type(path) is not str or type(place.offset) is not int or type(place.length) is not int:
+            raise malformed(label, "storage_data")
+
+
+class _MetadataUnpickler(pickle._Unpickler):
+    """An unpickler that knows the classes of the metadata, and runs nothing but their construction.
+
+    It builds on the one in Python, which lets itself be kept from altering those classes.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _allowed()[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {module}.{name}") from None
+
+    def load_build(self) -> None:
+        if isinstance(self.stack[-2], type):
+            raise pickle.UnpicklingError("a class would be altered")
+        super().load_build()  # type: ignore[misc]  # typeshed has it not
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+
+@cache
+def _allowed() -> dict[tuple[str, str], Any]:
+    """What metadata is made of, by module and name."""
+    import torch
+    from torch.distributed.checkpoint import filesystem, metadata
+
+    classes = [
+        metadata.BytesStorageMetadata,
+        metadata.ChunkStorageMetadata,
+        metadata.Metadata,
+        metadata.MetadataIndex,
+        metadata.StorageMeta,
+        metadata.TensorProperties,
+        metadata.TensorStorageMetadata,
+        metadata._MEM_FORMAT_ENCODING,
+        filesystem._StorageInfo,
+        filesystem._StoragePrefix,
+    ]
+    allowed: dict[tuple[str, str], Any] = {(one.__module__, one.__name__): one for one in classes}
+    dtypes = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+    for name, dtype in dtypes.items():
+        allowed["torch", name.removeprefix("torch.")] = dtype
+    allowed["torch", "Size"] = torch.Size
+    allowed["torch.serialization", "_get_layout"] = torch.serialization._get_layout
+    # Where the checkpoint was saved, which may be a path of the system that it was saved on.
+    for module in ("pathlib", "pathlib._local"):
+        allowed[module, "PosixPath"] = allowed[module, "PurePosixPath"] = PurePosixPath
+        allowed[module, "WindowsPath"] = allowed[module, "PureWindowsPath"] = PureWindowsPath
+    return allowed

@@ -1,0 +1,175 @@
+"""Sharded checkpoints: an index that is read strictly, and shards that hold what it says, inside their folder."""
+
+from __future__ import annotations
+
+import re
+import resource
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..checkpoints import read_small
+from ..errors import CheckpointError, UsageError
+from ..parsing import parse_json
+from ..tensors import TensorInfo
+from ..wording import shown
+
+__all__ = ["ShardIndex", "allow_descriptors", "read_index", "refuse_outside", "refuse_unsafe"]
+
+MAX_INDEX_BYTES = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class ShardIndex:
+    """An index whose shards are there, and lie in its folder.
+
+    Attributes:
+        label: How messages call it.
+        metadata: Its ``metadata`` object.
+        weight_map: Name of the shard by tensor.
+        names: The shards' names, in order.
+    """
+
+    label: str
+    metadata: Mapping[str, Any]
+    weight_map: Mapping[str, str]
+    names: tuple[str, ...]
+
+    def refuse_disagreement(self, name: str, tensors: Iterable[str], homes: Mapping[str, str]) -> None:
+        """Raise CheckpointError if a shard holds what the index does not say.
+
+        Args:
+            name: Of the shard.
+            tensors: What it holds.
+            homes: In which shard the tensors of the earlier ones are.
+        """
+        for tensor in tensors:
+            if tensor in homes:
+                shards = f"{shown(homes[tensor])}, {shown(name)}"
+                raise CheckpointError(f'{self.label}: tensor "{shown(tensor)}" is in two shards: {shards}')
+            if self.weight_map.get(tensor) != name:
+                said = self.weight_map.get(tensor)
+                where = "is not in the index" if said is None else f"is in {shown(said)} by the index"
+                raise CheckpointError(f'{self.label}: tensor "{shown(tensor)}" of {shown(name)} {where}')
+
+    def refuse_lacking(self, homes: Mapping[str, str]) -> None:
+        """Raise CheckpointError if a tensor of the index is in no shard."""
+        for tensor, name in self.weight_map.items():
+            if tensor not in homes:
+                raise CheckpointError(f'{self.label}: tensor "{shown(tensor)}" is not in its shard {shown(name)}')
+
+    def warnings(self, tensors: Iterable[TensorInfo]) -> list[str]:
+        """What is odd about the size that the index gives."""
+        total = sum(info.nbytes for info in tensors)
+        if self.metadata.get("total_size", total) == total:
+            return []
+        return [f"{self.label}: total_size is {self.metadata['total_size']:,}; the tensors have {total:,} bytes"]
+
+
+def read_index(path: Path, ending: str) -> ShardIndex:
+    """Read an index. Every shard's path is checked before any is opened.
+
+    Args:
+        path: Of the index.
+        ending: Of the shards' names, such as ``.safetensors``.
+
+    Raises:
+        CheckpointError: if the index is malformed, or a shard is missing or leaves the folder.
+        UsageError: if there is no such index.
+    """
+    folder, label = path.parent, shown(path)
+    refuse_outside(path, folder)
+    metadata, weight_map = _parse(path)
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        refuse_unsafe(name, label, ending)
+        refuse_outside(folder / name, folder, missing=f'{label}: the shard "{shown(name)}" is missing')
+    allow_descriptors(len(names))
+    return ShardIndex(label, metadata, weight_map, tuple(names))
+
+
+def _parse(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+    label = shown(path)
+
+    def refuse(message: str) -> NoReturn:
+        raise CheckpointError(f"{label}: {message}")
+
+    raw = read_small(path, MAX_INDEX_BYTES)
+    try:
+        index = parse_json(raw.decode("utf-8"))
+    except UnicodeDecodeError as failure:
+        refuse(f"the index is not UTF-8: byte {failure.start:,}")
+    except ValueError as failure:
+        refuse(f"the index is malformed: {failure}")
+    if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+        refuse("the index must be an object with a weight_map that is one")
+    weight_map: Mapping[str, Any] = index["weight_map"]
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str):
+            refuse(f'weight_map: tensor "{shown(tensor)}" must have a file name, found {shown(name, 60)}')
+    if not weight_map:
+        refuse("the weight_map is empty")
+    metadata = index.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        refuse(f"metadata must be an object, found {shown(metadata, 60)}")
+    total = metadata.get("total_size", 0)
+    if isinstance(total, bool) or not isinstance(total, int | float):
+        refuse(f"total_size must be a number, found {shown(total, 60)}")
+    return metadata, weight_map
+
+
+def refuse_unsafe(name: str, label: str, ending: str) -> None:
+    """Raise CheckpointError if a shard's name is no plain relative path that ends as it should."""
+    parts = name.split("/")
+    reason = None
+    if not name:
+        reason = "is empty"
+    elif "\\" in name or "\0" in name or re.match(r"[A-Za-z]:", name):
+        reason = "is no plain file name"
+    elif name.startswith("/"):
+        reason = "is an absolute path"
+    elif any(part in ("", ".", "..") for part in parts):
+        reason = "leaves the folder"
+    elif not name.endswith(ending):
+        reason = f"is not a {ending} file"
+    if reason:
+        raise CheckpointError(f'{label}: the shard name "{shown(name)}" {reason}')
+
+
+def refuse_outside(path: Path, folder: Path, missing: str | None = None) -> None:
+    """A link may stay in the folder, or lead from a Hugging Face cache's snapshots/ to its blobs/.
+
+    Args:
+        path: Of a file of the folder.
+        folder: The folder.
+        missing: What to say where there is no such file.
+
+    Raises:
+        CheckpointError: if it leads elsewhere, or is missing and that is to be said.
+        UsageError: if it is missing otherwise.
+    """
+    try:
+        real, home = path.resolve(strict=True), folder.resolve(strict=True)
+    except (FileNotFoundError, NotADirectoryError):
+        if missing is None:
+            raise UsageError(f"{shown(path)}: no such file") from None
+        raise CheckpointError(missing, hint="fetch it, or save the checkpoint again") from None
+    except (OSError, RuntimeError) as failure:
+        raise CheckpointError(f"{shown(path)}: cannot be followed: {shown(failure)}") from None
+    # models--org--name/snapshots/REVISION/... links to models--org--name/blobs/.
+    snapshots = [place for place in home.parents if place.name == "snapshots"]
+    allowed = [home, *(place.parent / "blobs" for place in snapshots[:1])]
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise CheckpointError(
+            f"{shown(path)}: is a link that leaves the folder, to {shown(real)}",
+            hint="put the file itself in its place",
+        )
+
+
+def allow_descriptors(count: int) -> None:
+    """Every shard is held open; the usual soft limit of 1,024 is below what large checkpoints have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 256
+    if soft < wanted <= hard or (soft < wanted and hard == resource.RLIM_INFINITY):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,0 +1,222 @@
+"""Archives that ``torch.save`` writes: one file, or shards and their index as older Hugging Face models have them."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+import warnings
+import zipfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from ..checkpoints import Checkpoint, Index, StoredFile, open_regular, open_stored
+from ..errors import CheckpointError
+from ..wording import enumerate_names, shown
+from .indexes import read_index, refuse_outside
+from .saved_by_torch import Watched, find_state_dict, reading, safe_torch
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["holds_archive", "open_archive", "open_archive_folder", "open_archive_index"]
+
+ARCHIVE_NAME = "pytorch_model.bin"
+ARCHIVE_INDEX_NAME = "pytorch_model.bin.index.json"
+_AGAIN = "fetch it or save it again"
+
+
+def open_archive(path: Path, folder: Path | None = None) -> Checkpoint:
+    """Open an archive: a state dict, or one under ``state_dict``, ``model`` or ``model_state_dict``.
+
+    Nothing but weights is unpickled. A ZIP archive is mapped, not loaded; one in the older format is loaded whole.
+
+    Args:
+        path: Where it is.
+        folder: The model folder that it is the checkpoint of; None for a lone file.
+
+    Raises:
+        UsageError: if there is no such file, or no torch that reads it safely.
+        CheckpointError: if it holds anything that torch refuses, or no state dict.
+        SystemFailure: if the system cannot read it.
+    """
+    if folder is not None:
+        refuse_outside(path, folder)
+    with ExitStack() as stack:
+        archive = _open(path, path.name, stack)
+        source = _source({path.name: archive}, shown(folder or path))
+        opened = Checkpoint(
+            folder or path, [archive.file], source.tensors, {}, folder, warnings=archive.warnings, source=source
+        )
+        stack.pop_all()
+    return opened
+
+
+def holds_archive(folder: Path) -> bool:
+    """Whether a folder holds an archive of a model, or its shards, if ones that are no good."""
+    return any(os.path.lexists(folder / name) for name in (ARCHIVE_NAME, ARCHIVE_INDEX_NAME))
+
+
+def open_archive_folder(folder: Path) -> Checkpoint:
+    """Open a folder with ``pytorch_model.bin`` or its index.
+
+    Raises:
+        CheckpointError: if the checkpoint is malformed, or there are both.
+        UsageError: if there is no torch that reads it safely.
+        SystemFailure: if the system cannot read it.
+    """
+    single, index = folder / ARCHIVE_NAME, folder / ARCHIVE_INDEX_NAME
+    if not os.path.lexists(index):
+        return open_archive(single, folder)
+    if os.path.lexists(single):
+        raise CheckpointError(
+            f"{shown(folder)}: holds both {ARCHIVE_NAME} and {ARCHIVE_INDEX_NAME}; which one is meant?",
+            hint="give the path of the one",
+        )
+    return open_archive_index(index)
+
+
+def open_archive_index(path: Path) -> Checkpoint:
+    """Open a sharded checkpoint by its index; every shard's path is checked before any is opened.
+
+    Raises:
+        UsageError: if there is no such index, or no torch that reads the shards safely.
+        CheckpointError: if the index or a shard is malformed, or they disagree.
+        SystemFailure: if the system cannot read it.
+    """
+    index = read_index(path, ".bin")
+    folder = path.parent
+    label = folder if path.name == ARCHIVE_INDEX_NAME else path
+    homes: dict[str, str] = {}
+    archives: dict[str, _Archive] = {}
+    with ExitStack() as stack:
+        for name in index.names:
+            archives[name] = _open(folder / name, name, stack)
+            index.refuse_disagreement(name, archives[name].tensors, homes)
+            homes.update(dict.fromkeys(archives[name].tensors, name))
+        index.refuse_lacking(homes)
+        source = _source(archives, shown(label))
+        said = [*index.warnings(source.tensors.values()), *(one for each in archives.values() for one in each.warnings)]
+        opened = Checkpoint(
+            label,
+            [archive.file for archive in archives.values()],
+            source.tensors,
+            {},
+            folder,
+            Index(path.name, index.metadata),
+            said,
+            source,
+            homes,
+        )
+        stack.pop_all()
+    return opened
+
+
+@dataclass(frozen=True, slots=True)
+class _Archive:
+    """An opened archive.
+
+    Attributes:
+        file: Held open, so that a change to it is seen.
+        tensors: Its state dict.
+        warnings: What is odd about it.
+    """
+
+    file: StoredFile
+    tensors: Mapping[str, torch.Tensor]
+    warnings: list[str]
+
+
+def _source(archives: Mapping[str, _Archive], label: str) -> Watched:
+    from ..frameworks.pytorch import TorchTensors
+
+    tensors = {name: tensor for archive in archives.values() for name, tensor in archive.tensors.items()}
+    files = {name: [archive.file] for archive in archives.values() for name in archive.tensors}
+    return Watched(TorchTensors(tensors, label), files)
+
+
+def _open(path: Path, name: str, stack: ExitStack) -> _Archive:
+    """Open an archive; the stack closes it again."""
+    label, real = shown(path), path.resolve()
+    descriptor, before = open_regular(real)
+    with open(descriptor, "rb") as file:  # noqa: PTH123 - of a descriptor
+        saved = _load(real, file, label)
+    import torch
+
+    from ..frameworks.pytorch import info_of
+
+    found = find_state_dict(saved, torch.Tensor, label)
+    for tensor_name, tensor in found.tensors.items():
+        if reason := _unreadable(tensor):
+            raise CheckpointError(f'{label}: "{shown(tensor_name)}" {reason}')
+    stored = open_stored(real, name, {one: info_of(tensor) for one, tensor in found.tensors.items()})
+    stack.callback(os.close, stored.descriptor)
+    if (stored.status.st_ino, stored.status.st_mtime_ns) != (before.st_ino, before.st_mtime_ns):
+        raise CheckpointError(f"{label}: was changed while it was opened")
+    tied = [
+        f"{label}: {enumerate_names(names)}: one tensor in the archive; each is written"
+        for names in _tied(found.tensors)
+    ]
+    return _Archive(stored, found.tensors, [*found.warnings, *tied])
+
+
+def _load(path: Path, file: BinaryIO, label: str) -> Any:
+    """What ``torch.save`` was given, of which only weights and plain data are unpickled."""
+    torch = safe_torch(label)
+    prefix = file.read(64)
+    is_zip = prefix.startswith(b"PK\x03\x04")
+    if not is_zip and not prefix.startswith(b"\x80"):
+        _refuse_other(prefix, label)
+    with reading(label), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of TorchScript and odd protocols; what cannot be read is an error
+        if not is_zip and tarfile.is_tarfile(path):
+            raise CheckpointError(f"{label}: is in the format of PyTorch 0.1", hint="save it again with torch.save")
+        mmap = is_zip and _can_be_mapped(file, label)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def _refuse_other(prefix: bytes, label: str) -> None:
+    if prefix.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{label}: is a Git LFS pointer, not the file itself", hint="run `git lfs pull`")
+    found = f"0x{prefix[:4].hex()}" if prefix else "an empty file"
+    raise CheckpointError(f"{label}: expected an archive of torch.save, found {found}", hint=_AGAIN)
+
+
+def _can_be_mapped(file: BinaryIO, label: str) -> bool:
+    """Whether the tensors of a ZIP archive lie in it as they are: nobody packed it again with compression."""
+    try:
+        members = zipfile.ZipFile(file).infolist()
+    except zipfile.BadZipFile:
+        raise CheckpointError(f"{label}: the archive is damaged or cut short", hint=_AGAIN) from None
+    names = {member.filename.partition("/")[2] for member in members}
+    if "constants.pkl" in names:
+        raise CheckpointError(
+            f"{label}: is a TorchScript archive, which holds code",
+            hint="torch.save(torch.jit.load(...).state_dict(), ...) saves its weights",
+        )
+    if "data.pkl" not in names:
+        raise CheckpointError(f"{label}: is a ZIP archive, but none of torch.save", hint=_AGAIN)
+    return all(member.compress_type == zipfile.ZIP_STORED for member in members)
+
+
+def _unreadable(tensor: torch.Tensor) -> str | None:
+    from ..frameworks.pytorch import as_dtensor, unreadable
+
+    if as_dtensor(tensor) is not None:
+        return "is a DTensor, of which each process has a piece; save with torch.distributed.checkpoint"
+    if tensor.is_nested:
+        return "is a nested tensor; only dense tensors are compared"
+    return unreadable(tensor)
+
+
+def _tied(tensors: Mapping[str, torch.Tensor]) -> list[list[str]]:
+    """Names of tensors that are the same bytes of the archive."""
+    spans: dict[tuple[int, int], list[str]] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel():
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            begin = tensor.data_ptr()
+            spans.setdefault((begin, begin + (last + 1) * tensor.element_size()), []).append(name)
+    return [names for names in spans.values() if len(names) > 1]
