@@ -6,14 +6,21 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= auto
 
-.PHONY: demo test lint check format clean
+.PHONY: demo test test-core test-keras lint format clean
 
 demo: $(VENV)/.installed
 	rm -rf build/demo
 	$(BIN)/ckptsurg demo build/demo
 
-test: lint
-	$(BIN)/python -m pytest -n $(WORKERS)
+test: lint test-core test-keras
+
+test-core: $(VENV)/.installed
+	$(BIN)/python -m pytest -n $(WORKERS) --no-skips --ignore tests/keras
+
+# Keras chooses its backend when it is imported, so each has a run of its own.
+test-keras: $(VENV)/.installed
+	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -n $(WORKERS) --no-skips tests/keras
+	KERAS_BACKEND=torch $(BIN)/python -m pytest -n $(WORKERS) --no-skips tests/keras
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from pydantic import TypeAdapter
 
@@ -46,8 +46,10 @@ from .spec import Spec, load_spec
 from .wording import enumerate_names, shown
 
 if TYPE_CHECKING:
+    import keras
     import torch
 
+    from .integrations.keras import FrozenModel as FrozenKerasModel
     from .integrations.pytorch import FrozenModel, Watch
 
 _log = logging.getLogger("ckptsurg")
@@ -340,6 +342,7 @@ def diff(a: TensorsLike, b: TensorsLike, *, progress: Progress | None = None) ->
         return verifying.diff(one, other, progress=progress)
 
 
+@overload
 def freeze(
     model: torch.nn.Module,
     manifest: ManifestLike,
@@ -347,8 +350,31 @@ def freeze(
     extra: Literal["keep", "error"] = "keep",
     *,
     allow_widened: bool = False,
-) -> FrozenModel:
-    """Make a live model obey a manifest; see ``ckptsurg.integrations.pytorch.freeze``.
+) -> FrozenModel: ...
+
+
+@overload
+def freeze(
+    model: keras.Layer,
+    manifest: ManifestLike,
+    names: Renaming | None = None,
+    extra: Literal["keep", "error"] = "keep",
+    *,
+    allow_widened: bool = False,
+) -> FrozenKerasModel: ...
+
+
+def freeze(
+    model: torch.nn.Module | keras.Layer,
+    manifest: ManifestLike,
+    names: Renaming | None = None,
+    extra: Literal["keep", "error"] = "keep",
+    *,
+    allow_widened: bool = False,
+) -> FrozenModel | FrozenKerasModel:
+    """Make a live model obey a manifest.
+
+    See ``ckptsurg.integrations.pytorch.freeze``, and for models of Keras ``ckptsurg.integrations.keras.freeze``.
 
     Raises:
         FreezeError: if the model does not hold what the manifest freezes; it is unchanged then.
@@ -356,9 +382,9 @@ def freeze(
         UsageError: if names do not fit.
     """
     if is_keras(model):
-        from .integrations import keras
+        from .integrations.keras import freeze as freeze_keras
 
-        return keras.freeze(model, as_manifest(manifest), names, extra, allow_widened=allow_widened)
+        return freeze_keras(model, as_manifest(manifest), names, extra, allow_widened=allow_widened)
     from .integrations import pytorch
 
     return pytorch.freeze(model, as_manifest(manifest), names, extra, allow_widened=allow_widened)

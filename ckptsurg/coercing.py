@@ -152,6 +152,9 @@ def opened_with(model: str | None, *paths: Path) -> Iterator[Sequence[TensorsLik
         return
     if not any(map(is_keras_file, paths)):
         raise UsageError(f"a model is for files of Keras, and {enumerate_names([str(path) for path in paths])} is none")
+    from .formats.keras import import_keras
+
+    import_keras()  # before the user's module does it, and less quietly
     build = as_builder(model)
     with ExitStack() as stack:
         yield [

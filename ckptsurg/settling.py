@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .report import Difference
+from .selectors import module_and_leaf
 from .traits import FEW_ULPS, SCATTERED, Traits
 
 __all__ = ["Evidence", "moving_buffer", "reparametrised_as", "with_causes"]
@@ -119,7 +120,7 @@ class _Settling:
 
     def _counter(self, name: str) -> Traits | None:
         """How the counter of a running statistic changed; None if it did not, or that is not known."""
-        return self._evidence.traits.get(_counter_name(name)) if name.rpartition(".")[2] in _STATISTICS else None
+        return self._evidence.traits.get(_counter_name(name)) if _counts(name) else None
 
     def _counted_on(self, name: str) -> bool:
         """Whether the counter has gone up, as only a forward pass makes it; and the model is no retrained one."""
@@ -179,13 +180,22 @@ class _Settling:
         return any(law(rank) and name not in gone for name, rank in self._evidence.ranks.items())
 
 
+def _counts(name: str) -> bool:
+    """Whether a tensor is a statistic of a layer that counts its batches, as PyTorch's do."""
+    return module_and_leaf(name)[1] in _STATISTICS["running_mean"]
+
+
 def _counter_name(name: str) -> str:
     """What counts the batches of the norm layer that has a tensor."""
     module, separator, _ = name.rpartition(".")
     return f"{module}{separator}num_batches_tracked"
 
 
-_STATISTICS = frozenset(("running_mean", "running_var", "num_batches_tracked"))
+#: What a norm layer writes in training, beside the mean that it has in any case: of PyTorch, and of Keras.
+_STATISTICS = {
+    "running_mean": frozenset(("running_mean", "running_var", "num_batches_tracked")),
+    "moving_mean": frozenset(("moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev")),
+}
 _OBSERVED = frozenset(
     (
         *("min_val", "max_val", "min_vals", "max_vals", "histogram", "scale", "zero_point"),
@@ -203,10 +213,11 @@ def moving_buffer(name: str, names: Collection[str]) -> str | None:
         name: Of a tensor.
         names: Of all tensors of its model.
     """
-    module, separator, leaf = name.rpartition(".")
-    start = module + separator
-    if leaf in _STATISTICS and f"{start}running_mean" in names:
+    start, leaf = module_and_leaf(name)
+    if any(leaf in leaves and start + mean in names for mean, leaves in _STATISTICS.items()):
         return "batchnorm_stats"
+    if leaf == "vector_u":  # of Keras
+        return "spectral_norm"
     if leaf in ("_u", "_v") and f"{start.removesuffix('0.')}original" in names:
         return "spectral_norm"
     if leaf.endswith(("_u", "_v")) and f"{start}{leaf[:-2]}_orig" in names:

@@ -185,7 +185,7 @@ def test_arguments_that_do_not_fit(model, manifest, tmp_path):
     for call in (
         lambda: ckptsurg.freeze(model, manifest, extra="raise"),
         lambda: ckptsurg.plan(5, tmp_path),
-        lambda: ckptsurg.plan({"version": 1}, model),
+        lambda: ckptsurg.plan({"version": 1}, 5),
         lambda: ckptsurg.verify(manifest, None),
         lambda: ckptsurg.verify(manifest, {"a": 3}),
         lambda: ckptsurg.verify("x" * 300, model),

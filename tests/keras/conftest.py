@@ -1,0 +1,24 @@
+"""What holds for the tests of Keras: one seed, and names of layers from the beginning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import keras
+import pytest
+from keras.src.utils.naming import reset_uids
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Keras's variables are older than numpy 2, and its own code for saving makes arrays of them.
+    line = "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+    config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    """Models with random weights are the same in every run, and layers have the names of a new process."""
+    reset_uids()
+    keras.utils.set_random_seed(0)
+    yield
+    keras.mixed_precision.set_global_policy("float32")
