@@ -93,7 +93,7 @@ def test_the_blocks_for_a_live_model_run(published):
     scope = {"model": published, "ckptsurg": ckptsurg, "torch": torch}
     exec(_block("python", "phase1.freeze.json"), scope)
     assert ckptsurg.load_manifest("phase1.freeze.json") == scope["manifest"]
-    exec(_block("python", "what the first phase has left"), scope)
+    exec(_block("python", "frozen.release()"), scope)
     _few_steps(published, scope["optimizer"])
     report = scope["frozen"].verify(expect_trained=True)
     assert report.ok and len(scope["manifest"].frozen) < 122
