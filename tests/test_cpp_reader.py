@@ -508,7 +508,7 @@ def perceptron(tmp_path, trainer):
     save_file(
         {"images": (images / 16).astype(np.float32), "labels": labels.astype(np.int64)}, tmp_path / "data.safetensors"
     )
-    [spec] = (ROOT / "specs").glob("x1-*.yaml")
+    spec = ROOT / "specs" / "x1-first-layers-by-index.yaml"
     _ckptsurg("manifest", spec, base, "-o", manifest, "--digest", "sha256")
 
     def train(*slip: str) -> Path:
