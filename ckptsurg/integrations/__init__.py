@@ -1,1 +1,1 @@
-"""Frameworks that train: PyTorch, and a file for each trainer over it."""
+"""Frameworks that train: PyTorch and Keras, and a file for each trainer over PyTorch."""

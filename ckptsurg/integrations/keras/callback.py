@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import keras
 
-from ...causes import CAUSES
-from ...errors import FreezeError, FrozenWeightsChanged, UsageError
-from ...manifest import Manifest, load_manifest
+from ...errors import FreezeError
+from ...manifest import Manifest
 from ...renaming import Renaming
 from ...tensors import digest_of
 from ...wording import enumerate_names, shown
+from ..arguments import as_manifest, checked_every
+from ..messages import about_to_move
 from .live import LiveModel, averages, built_with, layers_in
 from .rows import HeldRows
 
@@ -56,13 +55,9 @@ class FreezeCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras h
             UsageError: if there is none, or ``every`` is no number of batches.
         """
         super().__init__()
-        if not isinstance(manifest, Manifest | str | os.PathLike):
-            raise UsageError(f"expected a manifest or its path, found {shown(type(manifest).__name__)}")
-        if every is not None and (type(every) is not int or every < 1):
-            raise UsageError(f"every: expected a whole number from 1, found {shown(every, 40)}")
-        self.manifest = manifest if isinstance(manifest, Manifest) else load_manifest(Path(manifest))
+        self.manifest = as_manifest(manifest)
         self.manifest.require_frozen()
-        self._every, self._expect_trained, self._names = every, expect_trained, names
+        self._every, self._expect_trained, self._names = checked_every(every), expect_trained, names
         self._live: LiveModel | None = None
         self._made: tuple[object, ...] | None = None
         self._step = self._before_epoch = self._compared = 0
@@ -139,20 +134,8 @@ class FreezeCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras h
         """
         if not any(one.trainable for one in self._flags):
             return
-        about = self._look().about_to_move()
-        if not about:
-            return
-        by_code: dict[str, list[str]] = defaultdict(list)
-        for name, code in about.items():
-            by_code[code].append(name)
-        lines = [
-            f"{enumerate_names(names)}; cause: {code} ({CAUSES[code].explanation})" for code, names in by_code.items()
-        ]
-        raise FrozenWeightsChanged(
-            "\n  ".join([f"before step {self._before_epoch + batch + 1:,}:", *lines]),
-            hint="; ".join(CAUSES[code].remedy for code in by_code),
-            causes=about,
-        )
+        if about := self._look().about_to_move():
+            raise about_to_move(about, f"before step {self._before_epoch + batch + 1:,}:")
 
     def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Compare what is frozen, if it is time to.

@@ -11,15 +11,15 @@ from typing import Literal
 
 import keras
 
-from ...errors import FreezeError, UsageError
 from ...manifest import Manifest
 from ...renaming import Renaming
 from ...report import Report
 from ...tensors import TensorSource
-from ...wording import counted, enumerate_names, shown
+from ...wording import counted, enumerate_names
+from ..arguments import checked_extra, opened
+from ..messages import cannot_be_frozen, described, left_as_they_are
 from .callback import FreezeCallback
 from .live import LiveModel, averages, built_with, layers_in
-from .opening import opened
 from .refusals import refusals
 from .rows import HeldRows
 
@@ -53,8 +53,7 @@ def freeze(
         ManifestError: if nothing is frozen.
         UsageError: if names do not fit.
     """
-    if extra not in ("keep", "error"):
-        raise UsageError(f'extra: expected "keep" or "error", found {shown(extra)}')
+    checked_extra(extra)
     manifest.require_frozen()
     live = LiveModel.of(model, manifest, names)
     problems, hint = refusals(live, allow_widened=allow_widened)
@@ -62,12 +61,9 @@ def freeze(
     if extra == "error" and unknown:
         problems.append(f"parameters that the manifest lacks: {enumerate_names(unknown)}")
     if problems:
-        listed = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        lines = [f"the model ({type(model).__name__}) cannot be frozen:", *listed]
-        raise FreezeError("\n  ".join(lines), hint=hint)
+        raise cannot_be_frozen(model, problems, hint)
     if unknown:
-        message = f"left as they are, the manifest lacks them: {enumerate_names(unknown)}"
-        warnings.warn(message, UserWarning, stacklevel=3)
+        warnings.warn(left_as_they_are(unknown), UserWarning, stacklevel=3)
     frozen = {id(place.variable) for place in (live.frozen | live.rows).values()}
     optimizer = getattr(model, "optimizer", None)
     if averages(optimizer) and not frozen.isdisjoint(built_with(optimizer)):
@@ -132,14 +128,8 @@ class FrozenModel:
         return bool(weights) and all(id(one) in whole for one in weights)
 
     def __repr__(self) -> str:
-        counts = self.manifest.counts
-        in_part = sum(record.rows is not None for record in self.manifest.tensors.values())
-        parts = [f"{counts['frozen'] - in_part} frozen", f"{counts['trainable']} trainable"]
-        if in_part:
-            parts.insert(1, f"{in_part} in part")
-        if self._in_inference:
-            parts.append(f"{counted(len(self._in_inference), 'BatchNormalization')} kept in inference mode")
-        return f"FrozenModel({type(self.model).__name__}: {', '.join(parts)})"
+        norms = counted(len(self._in_inference), "BatchNormalization")
+        return described(self.model, self.manifest, f"{norms} kept in inference mode" if self._in_inference else None)
 
     def trainable_variables(self) -> list[keras.Variable]:
         """The variables that train."""

@@ -12,8 +12,8 @@ from ...frameworks.keras import KerasVariables, assign_bytes, bytes_of
 from ...renaming import Renaming, renamed
 from ...tensors import Buffer, Digester, TensorSource, digest_of
 from ...wording import shown
+from ..arguments import opened
 from .live import layers_in
-from .opening import opened
 
 __all__ = ["load_weights"]
 

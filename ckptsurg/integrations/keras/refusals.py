@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 
 import keras
@@ -10,19 +9,16 @@ import keras
 from ...renaming import common_prefix
 from ...verifying import verify
 from ...wording import enumerate_names, shown
+from ..messages import loading_hint, mismatches
 from .live import LiveModel, is_normalised, layers_in
 
 __all__ = ["refusals"]
-
-_OTHER_BITS = "has other bits: not loaded, or from another file"
-_ABSENT = "is not in the model"
 
 
 def refusals(live: LiveModel, *, allow_widened: bool) -> tuple[list[str], str | None]:
     """Everything that stands against the freeze, a line each with the tensor's name; and a hint where one helps."""
     if problems := list(_mismatches(live, allow_widened=allow_widened)):
-        hint = "load the published weights first; where the model has other names than the file, give `names`"
-        return problems, hint if any(line.endswith((_OTHER_BITS, _ABSENT)) for line in problems) else None
+        return problems, loading_hint(problems)
     return [*_entangled(live), *_unholdable(live)], None
 
 
@@ -32,22 +28,12 @@ def _mismatches(live: LiveModel, *, allow_widened: bool) -> Iterator[str]:
     if not live.partners and (prefix := common_prefix([{name} for name in manifest.frozen], source.tensors)):
         yield f'all stand under "{shown(prefix)}": give names=lambda name: name.removeprefix("{shown(prefix)}")'
         return
-    casts: dict[tuple[str, str, bool], list[str]] = defaultdict(list)
-    for difference in verify(manifest, source, names=live.names, saved=False).drifted:
-        name, verdict = difference.name, difference.verdict
-        if verdict == "missing":
-            yield f'"{shown(name)}" {_ABSENT}'
-        elif verdict == "changed":
-            yield f'"{shown(name)}" {_OTHER_BITS}'
-        elif verdict in ("dtype", "dtype_only"):
-            if verdict == "dtype" or not allow_widened:
-                found = source.tensors[live.partners[name]].dtype
-                casts[manifest.tensors[name].dtype, found, verdict == "dtype_only"].append(name)
-        else:
-            yield difference.describe()
-    for (expected, found, widened), names in casts.items():
-        line = f"{enumerate_names(names)}: expected {expected}, found {found}: load the model in the published dtype"
-        yield f"{line}; the values are the same, and `allow_widened=True` accepts them" if widened else line
+    yield from mismatches(
+        verify(manifest, source, names=live.names, saved=False).drifted,
+        manifest,
+        lambda name: source.tensors[live.partners[name]].dtype,
+        allow_widened=allow_widened,
+    )
 
 
 def _entangled(live: LiveModel) -> Iterator[str]:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Literal
 
 from torch import nn
 
-from ...errors import UsageError
-from ...manifest import Manifest, load_manifest
+from ...manifest import Manifest
 from ...renaming import Renaming
-from ...wording import shown
+from ..arguments import as_manifest, checked_every
 from .freezing import FrozenModel, freeze
-from .guard import checked_every
 
 __all__ = ["ManifestCallback"]
 
@@ -51,9 +48,7 @@ class ManifestCallback:
             UsageError: if there is none, or ``every`` is no number of steps.
         """
         super().__init__()
-        if not isinstance(manifest, Manifest | str | os.PathLike):
-            raise UsageError(f"expected a manifest or its path, found {shown(type(manifest).__name__)}")
-        self.manifest = manifest if isinstance(manifest, Manifest) else load_manifest(Path(manifest))
+        self.manifest = as_manifest(manifest)
         self.frozen: FrozenModel | None = None
         self._every, self._expect_trained = checked_every(every), expect_trained
         self._names, self._extra, self._allow_widened = names, extra, allow_widened

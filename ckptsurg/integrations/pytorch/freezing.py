@@ -22,6 +22,8 @@ from ...report import Report
 from ...tensors import TensorSource
 from ...verifying import verify
 from ...wording import counted, enumerate_names, shown
+from ..arguments import checked_extra, opened
+from ..messages import cannot_be_frozen, described, left_as_they_are
 from .guard import Guard
 from .holds import StaysInEvaluation, moves_in_training
 from .live import LiveModel, Roles
@@ -63,8 +65,7 @@ def freeze(
         ManifestError: if nothing is frozen.
         UsageError: if names do not fit.
     """
-    if extra not in ("keep", "error"):
-        raise UsageError(f'extra: expected "keep" or "error", found {shown(extra)}')
+    checked_extra(extra)
     if not isinstance(model, nn.Module):
         raise UsageError(f"expected a model of torch, found {shown(type(model).__name__)}")
     manifest.require_frozen()
@@ -76,17 +77,14 @@ def freeze(
         if extra == "error" and unknown:
             problems.append(f"parameters that the manifest lacks: {enumerate_names(unknown)}")
         if problems:
-            listed = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
-            lines = [f"the model ({type(model).__name__}) cannot be frozen:", *listed]
-            raise FreezeError("\n  ".join(lines), hint=hint)
+            raise cannot_be_frozen(model, problems, hint)
         if _waits_for_gradients(model, now, roles):
             raise FreezeError(
                 "the model is wrapped by DistributedDataParallel already, which waits for gradients that will not come",
                 hint="freeze before wrapping",
             )
         if unknown:
-            message = f"left as they are, the manifest lacks them: {enumerate_names(unknown)}"
-            warnings.warn(message, UserWarning, stacklevel=3)
+            warnings.warn(left_as_they_are(unknown), UserWarning, stacklevel=3)
         if copies := _frozen_copies(model, now, roles):
             message = (
                 f"{enumerate_names(copies)}: PEFT made a copy to train (modules_to_save), and the manifest freezes it"
@@ -189,14 +187,8 @@ class FrozenModel:
         _FREEZES.add(self)
 
     def __repr__(self) -> str:
-        counts = self.manifest.counts
-        in_part = sum(record.rows is not None for record in self.manifest.tensors.values())
-        parts = [f"{counts['frozen'] - in_part} frozen", f"{counts['trainable']} trainable"]
-        if in_part:
-            parts.insert(1, f"{in_part} in part")
-        if self._stand_ins:
-            parts.append(f"{counted(len(self._stand_ins), 'layer')} kept in evaluation mode")
-        return f"FrozenModel({type(self.model).__name__}: {', '.join(parts)})"
+        kept = f"{counted(len(self._stand_ins), 'layer')} kept in evaluation mode" if self._stand_ins else None
+        return described(self.model, self.manifest, kept)
 
     @property
     def model(self) -> nn.Module:
@@ -248,11 +240,8 @@ class FrozenModel:
             SystemFailure: if it cannot be read.
         """
         with ExitStack() as stack:
-            if isinstance(baseline, str | os.PathLike):
-                from ...formats import open_checkpoint
-
-                baseline = stack.enter_context(open_checkpoint(Path(baseline)))
-            return self._witness.verify(self.manifest, baseline, expect_trained=expect_trained)
+            before = None if baseline is None else stack.enter_context(opened(baseline))
+            return self._witness.verify(self.manifest, before, expect_trained=expect_trained)
 
     def verify_saved(self, saved: str | os.PathLike[str] | Mapping[str, torch.Tensor], prefix: str = "") -> Report:
         """Prove that what was saved of the model, or is about to be, has the frozen bits.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -12,27 +11,17 @@ from typing import Protocol, Self
 
 import torch
 
-from ...causes import CAUSES
-from ...errors import FrozenWeightsChanged, UsageError
+from ...errors import UsageError
 from ...report import Report
-from ...wording import counted, enumerate_names, shown
+from ...wording import counted, shown
+from ..arguments import checked_every
+from ..messages import about_to_move
 from .marks import Marks
 from .rows import put_back
 from .steps import goes_backward, uncompiled, under_way
 from .witness import Witness
 
-__all__ = ["Guard", "checked_every"]
-
-
-def checked_every(every: int | None) -> int | None:
-    """The number of steps between readings.
-
-    Raises:
-        UsageError: if it is neither None nor a whole number from 1.
-    """
-    if every is not None and (type(every) is not int or every < 1):
-        raise UsageError(f"every: expected a whole number from 1, found {shown(every, 40)}")
-    return every
+__all__ = ["Guard"]
 
 
 class Removable(Protocol):
@@ -130,19 +119,8 @@ class Guard:
             self._refuse(self._witness.look(optimizer), f"before step {self._before_these + self.steps + 1:,}:")
 
     def _refuse(self, about: Mapping[str, str], when: str) -> None:
-        if not about:
-            return
-        by_code: dict[str, list[str]] = defaultdict(list)
-        for name, code in about.items():
-            by_code[code].append(name)
-        lines = [
-            f"{enumerate_names(names)}; cause: {code} ({CAUSES[code].explanation})" for code, names in by_code.items()
-        ]
-        raise FrozenWeightsChanged(
-            "\n  ".join([when, *lines]),
-            hint="; ".join(CAUSES[code].remedy for code in by_code),
-            causes=about,
-        )
+        if about:
+            raise about_to_move(about, when)
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Sequence[object], options: Mapping[str, object]) -> None:
         put_back()  # this hook runs before those that put rows back

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -14,6 +13,7 @@ from ...renaming import common_prefix
 from ...settling import moving_buffer, reparametrised_as
 from ...verifying import verify
 from ...wording import enumerate_names, shown
+from ..messages import absent, loading_hint, mismatches
 from .holds import silenced, unholdable
 from .live import LiveModel, Roles
 from .witness import rows_that_others_train, tied_to_trainable
@@ -21,17 +21,12 @@ from .witness import rows_that_others_train, tied_to_trainable
 __all__ = ["refusals"]
 
 
-_OTHER_BITS = "has other bits: not loaded, or from another file"
-_ABSENT = "is not in the model"
-
-
 def refusals(
     manifest: Manifest, live: LiveModel, now: Mapping[str, torch.Tensor], roles: Roles, *, allow_widened: bool
 ) -> tuple[list[str], str | None]:
     """Everything that stands against the freeze, a line each with the tensor's name; and a hint where one helps."""
     if problems := list(_mismatches(manifest, live, now, allow_widened=allow_widened)):
-        hint = "load the published weights first; where the model has other names than the file, give `names`"
-        return problems, hint if any(line.endswith((_OTHER_BITS, _ABSENT)) for line in problems) else None
+        return problems, loading_hint(problems)
     return [*_parted(manifest, live), *_entangled(now, roles), *_unholdable(live.model, now, roles)], None
 
 
@@ -50,30 +45,22 @@ def _mismatches(
             f'module="{shown(inner)}"), or give names=lambda name: name.removeprefix("{shown(prefix)}")'
         )
         return
-    absent = {name for name in manifest.frozen if name not in live.partners}
+    missing = {name for name in manifest.frozen if name not in live.partners}
     for name in manifest.frozen:
-        if name in absent:
+        if name in missing:
             where = reparametrised_as(name, now)
             advice = f": it is reparametrised as {shown(where)}; freeze before, or without, the reparametrisation"
-            yield f'"{shown(name)}" {_ABSENT}{advice if where else ""}'
+            yield absent(name, advice if where else "")
         elif reason := next(filter(None, (unreadable(now[one]) for one in live.holding(name).live)), None):
             yield f'"{shown(name)}" {reason}'
-            absent.add(name)
-    casts: dict[tuple[str, str, bool], list[str]] = defaultdict(list)
-    for difference in verify(manifest, live.source(without=absent), saved=False).drifted:
-        name, verdict = difference.name, difference.verdict
-        if name in absent or (verdict == "dtype_only" and allow_widened):
-            continue
-        if verdict == "changed":
-            yield f'"{shown(name)}" {_OTHER_BITS}'
-        elif verdict in ("dtype", "dtype_only"):
-            found = info_of(now[live.holding(name).live[0]]).dtype
-            casts[manifest.tensors[name].dtype, found, verdict == "dtype_only"].append(name)
-        else:
-            yield difference.describe()
-    for (expected, found, widened), names in casts.items():
-        line = f"{enumerate_names(names)}: expected {expected}, found {found}: load the model in the published dtype"
-        yield f"{line}; the values are the same, and `allow_widened=True` accepts them" if widened else line
+            missing.add(name)
+    drifted = verify(manifest, live.source(without=missing), saved=False).drifted
+    yield from mismatches(
+        (one for one in drifted if one.name not in missing),
+        manifest,
+        lambda name: info_of(now[live.holding(name).live[0]]).dtype,
+        allow_widened=allow_widened,
+    )
 
 
 def _parted(manifest: Manifest, live: LiveModel) -> Iterator[str]:
