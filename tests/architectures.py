@@ -6,6 +6,19 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
+#: What can be drawn, as torch calls it.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "C64": torch.complex64,
+}
+
 
 class BasicBlock(nn.Module):
     expansion = 1

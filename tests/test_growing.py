@@ -23,21 +23,9 @@ from torch import nn
 import ckptsurg
 from ckptsurg.tensors import CHUNK_BYTES, TensorInfo
 
-from .architectures import ResNet, digits, resnet18
+from .architectures import DTYPES, ResNet, digits, resnet18
 
 SPECS = Path(__file__).parent.parent / "specs"
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "C64": torch.complex64,
-}
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

@@ -25,18 +25,9 @@ from ckptsurg.initializers import BLOCK, Drawing, Undrawable
 from ckptsurg.moments import MeanRow
 from ckptsurg.tensors import CHUNK_BYTES, TensorInfo
 
+from .architectures import DTYPES
+
 ALPHA = 1e-4
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "C64": torch.complex64,
-}
 NARROW = [dtype for dtype in DTYPES if dtype not in ("F64", "F32", "C64")]
 TORCH_NAMES = sorted(name[:-1] for name in vars(torch.nn.init) if name.endswith("_") and not name.startswith("_"))
 

@@ -8,6 +8,10 @@ import keras
 import pytest
 from keras.src.utils.naming import reset_uids
 
+from ckptsurg.manifest import Manifest
+
+from .models import manifest_of, small
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # Keras's variables are older than numpy 2, and its own code for saving makes arrays of them.
@@ -22,3 +26,14 @@ def _fresh() -> Iterator[None]:
     keras.utils.set_random_seed(0)
     yield
     keras.mixed_precision.set_global_policy("float32")
+
+
+@pytest.fixture
+def model() -> keras.Model:
+    return small()
+
+
+@pytest.fixture
+def manifest(model: keras.Model) -> Manifest:
+    """All of the model is frozen but its head."""
+    return manifest_of(model, "**", "!fc")

@@ -9,6 +9,9 @@ import numpy as np
 from keras import layers
 from sklearn.datasets import load_digits
 
+import ckptsurg
+from ckptsurg.manifest import Manifest
+
 BACKEND = keras.backend.backend()
 
 
@@ -66,3 +69,8 @@ def flags(model: keras.Layer) -> dict[str, bool]:
     """Whether each layer and each weight trains."""
     found = {f"layer {layer.name}": layer.trainable for layer in model._flatten_layers()}
     return found | {variable.path: variable.trainable for variable in model.weights}
+
+
+def manifest_of(model: keras.Layer, *patterns: object) -> Manifest:
+    """The manifest of a live model, with these patterns of what is frozen."""
+    return ckptsurg.make_manifest(list(patterns), model)

@@ -9,22 +9,8 @@ from keras import layers
 import ckptsurg
 from ckptsurg.frameworks.keras import KerasVariables
 from ckptsurg.integrations.keras import FreezeCallback, freeze
-from ckptsurg.manifest import Manifest
-from tests.keras.models import BACKEND, bits, compiled, digits, moved, small, train
 
-
-def _manifest(model: keras.Layer, *patterns: object) -> Manifest:
-    return ckptsurg.make_manifest(list(patterns), KerasVariables(model))
-
-
-@pytest.fixture
-def model() -> keras.Model:
-    return small()
-
-
-@pytest.fixture
-def manifest(model: keras.Model) -> Manifest:
-    return _manifest(model, "**", "!fc")
+from .models import BACKEND, bits, compiled, digits, manifest_of, moved, small, train
 
 
 class At(keras.callbacks.Callback):
@@ -69,7 +55,7 @@ def test_an_honest_fit_passes(model, manifest, way):
 def test_an_honest_fit_in_mixed_precision_passes(policy):
     keras.mixed_precision.set_global_policy(policy)
     model = small()
-    frozen = freeze(model, _manifest(model, "**", "!fc"))
+    frozen = freeze(model, manifest_of(model, "**", "!fc"))
     train(compiled(model, keras.optimizers.SGD(0.1)), [frozen.callback(expect_trained=True)])
 
 
@@ -112,7 +98,7 @@ def test_a_train_step_that_writes_is_caught(manifest):
             return logs
 
     inner = small()
-    manifest = _manifest(inner, "**", "!fc")
+    manifest = manifest_of(inner, "**", "!fc")
     model = Own(inner.input, inner.output)
     frozen = freeze(model, manifest)
     with pytest.raises(ckptsurg.FrozenWeightsChanged, match=r"^after step 1, 1 frozen tensor changed:\n  bn/gamma"):
@@ -131,7 +117,7 @@ def test_a_layer_that_writes_to_its_frozen_weight_is_caught():
     picture = keras.Input((8, 8, 1))
     hidden = layers.Flatten()(Counting(name="counting")(picture))
     model = keras.Model(picture, layers.Dense(10, name="fc")(hidden))
-    frozen = freeze(model, _manifest(model, "counting"))
+    frozen = freeze(model, manifest_of(model, "counting"))
     with pytest.raises(
         ckptsurg.FrozenWeightsChanged, match=r"^after step 1, 1 frozen tensor changed:\n  counting/seen"
     ):
@@ -186,7 +172,7 @@ def test_a_model_without_the_bits_is_refused_before_the_first_step(model, manife
 
 def test_an_optimizer_of_before_the_freeze_is_refused(model):
     train(compiled(model))
-    frozen = freeze(model, _manifest(model, "**", "!fc"))
+    frozen = freeze(model, manifest_of(model, "**", "!fc"))
     with pytest.raises(ckptsurg.FreezeError) as refused:
         train(model, [frozen.callback()])
     assert refused.value.message == (
@@ -200,7 +186,7 @@ def test_a_function_that_was_compiled_before_is_made_anew():
     model = small(center=False, scale=False)
     model.get_layer("conv").trainable = False
     train(compiled(model))  # TensorFlow compiles a step that moves the statistics, which no optimizer knows
-    manifest = _manifest(model, "conv", "bn")
+    manifest = manifest_of(model, "conv", "bn")
     model.get_layer("bn").trainable = False
     before = bits(model)
     train(model, [FreezeCallback(manifest, expect_trained=True)])
@@ -208,7 +194,7 @@ def test_a_function_that_was_compiled_before_is_made_anew():
 
 
 def test_rows_that_nobody_holds_are_refused(model):
-    manifest = _manifest(model, {"match": "fc/bias", "rows": "[2:5]"})
+    manifest = manifest_of(model, {"match": "fc/bias", "rows": "[2:5]"})
     with pytest.raises(ckptsurg.FreezeError, match=r"\n  fc/bias\[2:5\]: nobody holds the frozen rows"):
         train(compiled(model), [FreezeCallback(manifest)])
     frozen = freeze(model, manifest)
@@ -224,7 +210,7 @@ def test_what_should_have_trained_and_did_not_is_named(model, manifest):
         train(compiled(model), [frozen.callback(expect_trained=True)])
 
 
-def test_it_takes_the_path_of_a_manifest(model, manifest, tmp_path):
+def test_it_takes_the_path_of_amanifest_of(model, manifest, tmp_path):
     ckptsurg.write_manifest(manifest, tmp_path / "freeze.json")
     freeze(model, manifest)
     train(compiled(model), [FreezeCallback(tmp_path / "freeze.json")])

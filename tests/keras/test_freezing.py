@@ -11,26 +11,12 @@ from keras import layers
 
 import ckptsurg
 from ckptsurg.frameworks.keras import KerasVariables, assign_bytes
-from ckptsurg.manifest import Manifest
 from ckptsurg.tensors import TensorInfo
-from tests.keras.models import bits, compiled, digits, flags, moved, small, train
+
+from .models import bits, compiled, digits, flags, manifest_of, moved, small, train
 
 BODY = {"conv/kernel", "conv/bias", "bn/gamma", "bn/beta", "bn/moving_mean", "bn/moving_variance"}
 HEAD = {"fc/kernel", "fc/bias"}
-
-
-def _manifest(model: keras.Layer, *patterns: object) -> Manifest:
-    return ckptsurg.make_manifest(list(patterns), KerasVariables(model))
-
-
-@pytest.fixture
-def model() -> keras.Model:
-    return small()
-
-
-@pytest.fixture
-def manifest(model: keras.Model) -> Manifest:
-    return _manifest(model, "**", "!fc")
 
 
 def test_only_what_trains_moves(model, manifest):
@@ -49,7 +35,7 @@ def test_a_frozen_norm_computes_in_training_what_it_computes_in_inference(model)
     hidden = np.random.default_rng(0).normal(3, 2, (16, 6, 6, 4)).astype("float32")
     in_training = keras.ops.convert_to_numpy(norm(hidden, training=True))  # and its statistics move
     expected = keras.ops.convert_to_numpy(norm(hidden, training=False))
-    ckptsurg.freeze(model, _manifest(model, "**", "!fc"))
+    ckptsurg.freeze(model, manifest_of(model, "**", "!fc"))
 
     found = keras.ops.convert_to_numpy(norm(hidden, training=True))
     assert found.tobytes() == expected.tobytes()
@@ -58,7 +44,7 @@ def test_a_frozen_norm_computes_in_training_what_it_computes_in_inference(model)
 
 def test_a_layer_is_frozen_in_a_part_by_its_variables(model):
     before = bits(model)
-    frozen = ckptsurg.freeze(model, _manifest(model, "conv/kernel", "bn/{gamma,beta}"))
+    frozen = ckptsurg.freeze(model, manifest_of(model, "conv/kernel", "bn/{gamma,beta}"))
     assert [layer.trainable for layer in model.layers] == [True] * 7
     train(compiled(model))
 
@@ -70,7 +56,7 @@ def test_release_gives_the_model_back_as_it_was_found(model):
     model.get_layer("dropout").trainable = False
     model.get_layer("fc").bias.trainable = False
     before = flags(model)
-    frozen = ckptsurg.freeze(model, _manifest(model, "**", {"match": "fc", "optional": True}))
+    frozen = ckptsurg.freeze(model, manifest_of(model, "**", {"match": "fc", "optional": True}))
     assert not any(variable.trainable for variable in model.weights)
     assert model.trainable, "what is built on the model is to train"
     frozen.release()
@@ -84,8 +70,8 @@ def test_release_gives_the_model_back_as_it_was_found(model):
 def test_freezes_that_overlap_are_released_in_any_order(model, order):
     before = flags(model)
     both = [
-        ckptsurg.freeze(model, _manifest(model, "conv", "bn")),
-        ckptsurg.freeze(model, _manifest(model, "bn", {"match": "fc/bias", "rows": "[0:3]"})),
+        ckptsurg.freeze(model, manifest_of(model, "conv", "bn")),
+        ckptsurg.freeze(model, manifest_of(model, "bn", {"match": "fc/bias", "rows": "[0:3]"})),
     ]
     both[order[0]].release()
     assert not model.get_layer("bn").trainable
@@ -106,7 +92,7 @@ def test_training_is_never_turned_on(model, manifest):
 
 def test_a_model_that_was_trained_before_needs_no_luck(model, manifest):
     train(compiled(model))
-    manifest = _manifest(model, "**", "!fc")
+    manifest = manifest_of(model, "**", "!fc")
     before = bits(model)
     frozen = ckptsurg.freeze(model, manifest)
     train(model)  # and not compiled again: TensorFlow would go on with the function that trained everything
@@ -120,7 +106,7 @@ def test_a_model_that_was_trained_before_needs_no_luck(model, manifest):
 def test_averages_that_were_kept_before_the_freeze_are_warned_of(model):
     train(compiled(model, keras.optimizers.SGD(0.1, use_ema=True)))
     with pytest.warns(UserWarning, match="compile again after the freeze"):
-        ckptsurg.freeze(model, _manifest(model, "**", "!fc"))
+        ckptsurg.freeze(model, manifest_of(model, "**", "!fc"))
 
 
 _OPTIMIZERS = {
@@ -158,7 +144,7 @@ def test_frozen_rows_keep_their_bits_under_every_optimizer(optimizer, way):
     raw.view("<u4")[2, 3] = 0x7FA00001
     raw = raw[[2, 0, 1, 3, 4, 5, 6, 7]]
     assign_bytes(table.embeddings, TensorInfo("F32", (8, 4)), [raw.tobytes()])
-    manifest = _manifest(model, {"match": "table", "rows": "[0:3]"})
+    manifest = manifest_of(model, {"match": "table", "rows": "[0:3]"})
     before = bits(model)
     frozen = ckptsurg.freeze(model, manifest)
     compiled(model, _OPTIMIZERS[optimizer](), **way)
@@ -175,7 +161,7 @@ def test_frozen_rows_keep_their_bits_under_every_optimizer(optimizer, way):
 
 def test_a_new_head_on_a_frozen_base_trains(model, tmp_path):
     base = keras.Model(model.input, model.get_layer("pool").output, name="base")
-    manifest = _manifest(base, "**")
+    manifest = manifest_of(base, "**")
     picture = keras.Input((8, 8, 1))
     whole = keras.Model(picture, layers.Dense(10, name="head")(base(picture)))
     before = bits(whole)
@@ -195,7 +181,7 @@ def test_freezing_the_base_alone_freezes_it_in_the_model_around_it(model):
     base = keras.Model(model.input, model.get_layer("pool").output, name="base")
     picture = keras.Input((8, 8, 1))
     whole = compiled(keras.Model(picture, layers.Dense(10, name="head")(base(picture))))
-    ckptsurg.freeze(base, _manifest(base, "**"))
+    ckptsurg.freeze(base, manifest_of(base, "**"))
     before = bits(whole)
     train(whole)
     assert moved(whole, before) == {"head/kernel", "head/bias"}
@@ -218,7 +204,7 @@ def test_a_model_inside_another_is_known_by_the_ends_of_its_names():
     inside = keras.Sequential([keras.Input((4,)), layers.Dense(2)], name="inside")
     outer = keras.Sequential([keras.Input((4,)), keras.Sequential([inside], name="middle")], name="outer")
     assert list(KerasVariables(outer).tensors) == ["middle/inside/dense/kernel", "middle/inside/dense/bias"]
-    ckptsurg.freeze(outer, _manifest(inside, "dense"))
+    ckptsurg.freeze(outer, manifest_of(inside, "dense"))
     assert outer.trainable_variables == []
 
 
@@ -270,7 +256,7 @@ def test_a_wider_dtype_is_accepted_if_it_is_allowed(model, manifest):
 def test_statistics_alone_cannot_be_frozen(model):
     before = flags(model)
     with pytest.raises(ckptsurg.FreezeError) as refused:
-        ckptsurg.freeze(model, _manifest(model, "bn/moving_*"))
+        ckptsurg.freeze(model, manifest_of(model, "bn/moving_*"))
     assert (
         "\n  bn/moving_mean, bn/moving_variance: moving statistics, frozen in a BatchNormalization whose gamma, beta "
         "train: Keras moves them whenever the layer trains; freeze the whole layer, or let its statistics go"
@@ -281,7 +267,7 @@ def test_statistics_alone_cannot_be_frozen(model):
 def test_statistics_without_parameters_are_frozen():
     model = small(center=False, scale=False)
     before = bits(model)
-    ckptsurg.freeze(model, _manifest(model, "bn"))
+    ckptsurg.freeze(model, manifest_of(model, "bn"))
     train(compiled(model))
     assert moved(model, before) == HEAD | {"conv/kernel", "conv/bias"}
 
@@ -290,10 +276,10 @@ def test_spectral_normalization_is_refused():
     x = keras.Input((4,))
     model = keras.Model(x, layers.SpectralNormalization(layers.Dense(4, name="inner"), name="spectral")(x))
     with pytest.raises(ckptsurg.FreezeError) as refused:
-        ckptsurg.freeze(model, _manifest(model, "**"))
+        ckptsurg.freeze(model, manifest_of(model, "**"))
     for name in ("spectral/kernel", "spectral/vector_u"):
         assert f'"{name}" is written by its SpectralNormalization in every step of training' in refused.value.message
-    ckptsurg.freeze(model, _manifest(model, "spectral/inner/bias"))
+    ckptsurg.freeze(model, manifest_of(model, "spectral/inner/bias"))
 
 
 def test_no_other_layer_of_keras_writes_to_its_frozen_weights_in_training():
@@ -313,7 +299,7 @@ def test_no_other_layer_of_keras_writes_to_its_frozen_weights_in_training():
     before = bits(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of Keras: there is nothing to train
-        ckptsurg.freeze(model, _manifest(model, "**"))
+        ckptsurg.freeze(model, manifest_of(model, "**"))
         model.compile("sgd", "mse")
         rng = np.random.default_rng(0)
         model.fit(rng.normal(size=(8, 6, 6, 2)), rng.normal(size=(8, 2)), batch_size=4, verbose=0)
@@ -327,7 +313,7 @@ def test_float8_histories_keep_their_bits():
     names = {variable.path.removeprefix("sequential/") for variable in model.layers[0].weights}
     assert "one/inputs_amax_history" in names
     before = bits(model)
-    ckptsurg.freeze(model, _manifest(model, "one", "two/kernel_amax_history"))
+    ckptsurg.freeze(model, manifest_of(model, "one", "two/kernel_amax_history"))
     model.compile("sgd", "mse")
     model.fit(np.ones((8, 8)), np.ones((8, 8)), verbose=0)
     changed = {path.removeprefix("sequential/") for path in moved(model, before)}
@@ -339,7 +325,7 @@ def test_mixed_precision_trains_the_head_alone():
     keras.mixed_precision.set_global_policy("mixed_float16")
     model = small()
     before = bits(model)
-    ckptsurg.freeze(model, _manifest(model, "**", "!fc"))
+    ckptsurg.freeze(model, manifest_of(model, "**", "!fc"))
     train(compiled(model, keras.optimizers.SGD(0.1)))
     assert moved(model, before) == HEAD
 

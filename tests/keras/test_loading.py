@@ -12,7 +12,8 @@ from safetensors.numpy import save_file
 import ckptsurg
 from ckptsurg.frameworks.keras import KerasVariables
 from ckptsurg.integrations.keras import load_weights
-from tests.keras.models import bits, compiled, digits, raw, small, train
+
+from .models import bits, compiled, digits, raw, small, train
 
 
 def _arrays(model: keras.Layer) -> dict[str, np.ndarray]:

@@ -12,7 +12,8 @@ from keras import layers
 import ckptsurg
 from ckptsurg.frameworks.keras import KerasVariables, assign_bytes
 from ckptsurg.tensors import CHUNK_BYTES, TensorInfo
-from tests.keras.models import raw, small
+
+from .models import raw, small
 
 
 @keras.saving.register_keras_serializable("tests")
