@@ -170,7 +170,7 @@ def convert(
     Args:
         ckpt: What is converted.
         out: A file whose name ends in ``.safetensors``, or else a folder.
-        overwrite: Whether to replace an earlier output.
+        overwrite: Whether to replace a file; a folder only if it holds a manifest, which this writes none of.
         max_shard_size: Largest size of a shard's tensors, in bytes or as ``5GB`` (10^9); None keeps the shards.
         keep_other_weights: Whether other files of weights in the folder come along.
         progress: Called with the bytes written and the bytes in all.
@@ -385,6 +385,8 @@ def freeze(
         from .integrations.keras import freeze as freeze_keras
 
         return freeze_keras(model, as_manifest(manifest), names, extra, allow_widened=allow_widened)
+    if not is_model(model):
+        raise UsageError(f"expected a model of torch or Keras, found {shown(type(model).__name__)}")
     from .integrations import pytorch
 
     return pytorch.freeze(model, as_manifest(manifest), names, extra, allow_widened=allow_widened)
@@ -414,15 +416,16 @@ def watch(
         ManifestError: if the manifest is not valid, or nothing in it is frozen.
         UsageError: if both or neither of patterns and manifest are given.
     """
-    from .integrations.pytorch import Watch
-
-    if (freeze is None) == (manifest is None):
-        raise UsageError("give either patterns of what is frozen, or a manifest")
     if is_keras(model):
-        raise UsageError("a model of Keras", hint="ckptsurg.integrations.keras.FreezeCallback watches its fit")
+        hint = "ckptsurg.integrations.keras.FreezeCallback watches its fit"
+        raise UsageError("expected a model of torch, found one of Keras", hint=hint)
     if not is_model(model):
         raise UsageError(f"expected a model of torch, found {shown(type(model).__name__)}")
+    if (freeze is None) == (manifest is None):
+        raise UsageError("give either patterns of what is frozen, or a manifest")
     document = as_manifest(manifest) if manifest is not None else make_manifest(freeze or (), model)
+    from .integrations.pytorch import Watch
+
     return Watch(model, document, names, expect_trained=expect_trained)
 
 

@@ -64,9 +64,13 @@ class StoredFile:
 
     def refuse_if_changed(self, label: str) -> None:
         """Raise CheckpointError if somebody wrote to the file since it was opened."""
-        now = os.fstat(self.descriptor)
-        if (now.st_size, now.st_mtime_ns) != (self.status.st_size, self.status.st_mtime_ns):
+        if _identity(os.fstat(self.descriptor)) != _identity(self.status):
             raise CheckpointError(f"{label}: {shown(self.name)} was changed while it was read; nothing was published")
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    """What is another where a file was written to, or another put in its place."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,20 +209,26 @@ def open_regular(path: Path, flags: int = 0) -> tuple[int, os.stat_result]:
     return descriptor, status
 
 
-def open_stored(path: Path, name: str, tensors: Mapping[str, TensorInfo]) -> StoredFile:
+def open_stored(
+    path: Path, name: str, tensors: Mapping[str, TensorInfo], since: os.stat_result | None = None
+) -> StoredFile:
     """A file of a format that a framework reads, held open so that a change to it is seen.
 
     Args:
         path: Where it is.
         name: What it is called inside its checkpoint.
         tensors: What it holds, which stands for its header.
+        since: What ``fstat`` said before the framework read it.
 
     Raises:
         UsageError: if there is no such file.
-        CheckpointError: if it is none.
+        CheckpointError: if it is none, or was changed since.
         SystemFailure: if it cannot be opened.
     """
     descriptor, status = open_regular(path)
+    if since is not None and _identity(status) != _identity(since):
+        os.close(descriptor)
+        raise CheckpointError(f"{shown(path)}: was changed while it was read")
     header = {one: [info.dtype, list(info.shape)] for one, info in sorted(tensors.items())}
     return StoredFile(name, descriptor, status, json.dumps(header, separators=(",", ":")).encode(), None)
 

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from . import planning
 from .checkpoints import Checkpoint
 from .errors import SpecError, UsageError
-from .formats import is_keras_file, open_checkpoint, open_trained
+from .formats import NO_MODEL, is_keras_file, open_checkpoint, open_trained
+from .formats.saved_by_torch import STATE_DICT_KEYS
+from .frameworks.importing import import_keras
 from .manifest import Manifest, load_manifest
 from .parsing import Text, read_text
 from .spec import Spec
@@ -117,7 +119,7 @@ def as_manifest(given: ManifestLike) -> Manifest:
 
 
 def as_builder(given: str) -> Callable[[], Any]:
-    """The function that ``module:function`` names; modules are found from the working directory too.
+    """The function that ``module:function`` names; from now on modules are found from the working directory too.
 
     Raises:
         UsageError: if it is not of that form, cannot be imported, or is no function.
@@ -125,16 +127,13 @@ def as_builder(given: str) -> Callable[[], Any]:
     module, separator, function = given.partition(":")
     if not (module and separator and function):
         raise UsageError(f'"{shown(given)}" names no function; write module:function')
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
+    sys.path.insert(0, str(Path.cwd()))
     try:
         found: Any = importlib.import_module(module)
         for part in function.split("."):
             found = getattr(found, part)
-    except Exception as error:  # whatever a user's module raises when it is imported
+    except (Exception, SystemExit) as error:  # whatever a user's module raises when it is imported
         raise UsageError(f"{shown(given)} cannot be imported: {type(error).__name__}: {shown(error)}") from error
-    finally:
-        sys.path.remove(here)
     if not callable(found):
         raise UsageError(f"{shown(given)} is no function, but {type(found).__name__}")
     return cast("Callable[[], Any]", found)
@@ -151,9 +150,7 @@ def opened_with(model: str | None, *paths: Path) -> Iterator[Sequence[TensorsLik
         yield paths
         return
     if not any(map(is_keras_file, paths)):
-        raise UsageError(f"a model is for files of Keras, and {enumerate_names([str(path) for path in paths])} is none")
-    from .formats.keras import import_keras
-
+        raise UsageError(NO_MODEL.format(enumerate_names([str(path) for path in paths])))
     import_keras()  # before the user's module does it, and less quietly
     build = as_builder(model)
     with ExitStack() as stack:
@@ -204,7 +201,7 @@ def tensors_of(given: TensorsLike, wanted: Collection[str] = ()) -> Iterator[Ten
         given = {name: value for name, value in given.items() if not str(name).endswith("_extra_state")}
         if odd := [name for name, value in given.items() if not isinstance(value, torch.Tensor)]:
             message = f'"{shown(odd[0])}" of the state dict is a {type(given[odd[0]]).__name__}, not a tensor'
-            inside = next((name for name in ("state_dict", "model") if isinstance(given.get(name), Mapping)), None)
+            inside = next((name for name in STATE_DICT_KEYS if isinstance(given.get(name), Mapping)), None)
             raise UsageError(message, hint=f'give what is inside: checkpoint["{inside}"]' if inside else None)
         yield TorchTensors(given, "the state dict")
     elif isinstance(given, str | os.PathLike):

@@ -34,7 +34,7 @@ class Writer:
         self._descriptor, self._label, self._advance = descriptor, label, advance
         self._buffer = bytearray(CHUNK_BYTES)
 
-    def copy_range(self, extent: Extent, digester: Hashing) -> None:
+    def copy_range(self, extent: Extent, digester: Hashing | None = None) -> None:
         """Copy a range of a file."""
         self.write_new(read_extent(extent, self._label, self._buffer), digester)
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from .checkpoints import Checkpoint
 from .documents import Document, Model
 from .errors import SpecError
-from .layers import Layer
+from .layers import from_metadata
 from .matching import Names
 from .parsing import Text
 from .selectors import Space, select
@@ -64,7 +64,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, patterns: Sequence[str] = ()) -> 
     names = list(checkpoint.tensors)
     if patterns:
         spec = Spec.from_text(Text("patterns", {"version": 1, "freeze": list(patterns)}))
-        space = Space(Names(names, Layer.from_metadata(checkpoint.metadata)), checkpoint.tensors)
+        space = Space(Names(names, from_metadata(checkpoint.metadata)), checkpoint.tensors)
         selection = select(spec, ("freeze",), spec.freeze or (), space)
         if selection.problems:
             raise SpecError("patterns", [replace(problem, path="") for problem in selection.problems])

@@ -1,18 +1,19 @@
 """The layers of a model in their order, where a checkpoint knows it: what ``layers[:-5]`` speaks of.
 
 Names of Keras say nothing of order, and layers without weights have none at all. So the order travels with the
-tensors, as text in a file's metadata.
+tensors, as text in a file's metadata: under ``ckptsurg.layers`` a JSON list with an object for each layer, with its
+``name``, the names of its ``tensors``, those below it included, and, if it is a model itself, ``layers`` of its own.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-__all__ = ["LAYERS_KEY", "Layer", "Places"]
+__all__ = ["LAYERS_KEY", "Layer", "LayerPaths", "from_metadata", "to_text"]
 
 #: Of the metadata.
 LAYERS_KEY = "ckptsurg.layers"
@@ -32,21 +33,21 @@ class Layer:
     tensors: Sequence[str]
     layers: Sequence[Layer] = ()
 
-    @staticmethod
-    def to_text(layers: Sequence[Layer]) -> str:
-        """The layers of a model as they are written to metadata."""
-        return json.dumps([_written(layer) for layer in layers], separators=(",", ":"), ensure_ascii=False)
 
-    @staticmethod
-    def from_metadata(metadata: Mapping[str, str] | None) -> Sequence[Layer]:
-        """The layers of the model that a file is of; none where its metadata does not tell."""
-        text = (metadata or {}).get(LAYERS_KEY)
-        if text is None:
-            return ()
-        try:
-            return [_read(one) for one in json.loads(text)]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            return ()  # somebody else's key: it is only text
+def to_text(layers: Sequence[Layer]) -> str:
+    """The layers of a model as they are written to metadata."""
+    return json.dumps([_written(layer) for layer in layers], separators=(",", ":"), ensure_ascii=False)
+
+
+def from_metadata(metadata: Mapping[str, str] | None) -> Sequence[Layer]:
+    """The layers of the model that a file is of; none where its metadata does not tell."""
+    text = (metadata or {}).get(LAYERS_KEY)
+    if text is None:
+        return ()
+    try:
+        return [_read(one) for one in json.loads(text)]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return ()  # somebody else's key: it is only text
 
 
 def _written(layer: Layer) -> dict[str, Any]:
@@ -61,19 +62,19 @@ def _read(written: Any) -> Layer:
     return Layer(name, tuple(tensors), tuple(_read(one) for one in below))
 
 
-class Places:
+class LayerPaths:
     """Where tensors stand in a model: further names for them, by layers' names and by their numbers.
 
     ``base/layers/3/kernel`` is a tensor of the fourth layer of the model called base; where base is the second layer,
     ``layers/1/layers/3/kernel`` is so too.
 
     Attributes:
-        names: Tensors by place.
-        children: How many layers there are, by place of the model: ``base/layers``.
+        tensors: Pairs of a path and the tensor's name. Tensors of a layer may share a path.
+        children: How many layers there are, by the path of the model's layers: ``base/layers``.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
-        self.names: dict[str, str] = {}
+        self.tensors: list[tuple[str, str]] = []
         self.children: dict[str, int] = {}
         self._gather(layers, [""])
 
@@ -82,13 +83,9 @@ class Places:
             self.children[f"{prefix}layers"] = len(layers)
         for number, layer in enumerate(layers):
             here = [f"{prefix}{own}/" for prefix, own in product(above, (layer.name, f"layers/{number}"))]
-            for place, tensor in product(here, layer.tensors):
-                self.names.setdefault(place + _inside(tensor, layer.name), tensor)
+            self.tensors += [(path + _inside(name, layer.name), name) for path, name in product(here, layer.tensors)]
             if layer.layers:
                 self._gather(layer.layers, here)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
 
 
 def _inside(tensor: str, layer: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from .layers import Layer, Places
+from .layers import Layer, LayerPaths
 from .patterns import (
     CHILD_NUMBER,
     SEPARATOR,
@@ -95,22 +95,23 @@ class Names:
             return self._regex(pattern.removeprefix("re:"))
         steps = parse(pattern)
         selected = self._select(steps)
-        by_place = not selected.any() and self._layers and _says_a_place(steps)
-        return self._select_by_place(steps) if by_place else selected
+        by_path = not selected.any() and self._layers and _is_a_path(steps)
+        return self._select_by_path(steps) if by_path else selected
 
-    def _select_by_place(self, steps: Sequence[Step]) -> BoolArray:
+    def _select_by_path(self, steps: Sequence[Step]) -> BoolArray:
         """The names of tensors that stand where the steps lead."""
-        places, owners = self._places
+        paths, owners = self._paths
         mask = np.zeros(len(self), np.bool_)
-        mask[owners[places._select(steps)]] = True
+        mask[owners[paths._select(steps)]] = True
         return mask
 
     @cached_property
-    def _places(self) -> tuple[Names, IntArray]:
-        """The places of the tensors in the model, and whose each is, shape [places]."""
-        places = Places(self._layers)
-        known = {place: self._index[name] for place, name in places.names.items() if name in self._index}
-        return Names(list(known), children=places.children), np.fromiter(known.values(), np.int64, len(known))
+    def _paths(self) -> tuple[Names, IntArray]:
+        """Where tensors stand in the model, and whose path each is, shape [paths]."""
+        paths = LayerPaths(self._layers)
+        known = [(path, self._index[name]) for path, name in paths.tensors if name in self._index]
+        owners = np.fromiter((owner for _, owner in known), np.int64, len(known))
+        return Names([path for path, _ in known], children=paths.children), owners
 
     def count(self, pattern: str) -> int:
         """How many names a pattern selects; 0 where it cannot be read."""
@@ -319,7 +320,7 @@ class Names:
         return [braces] if self.count(braces) else []
 
 
-def _says_a_place(steps: Sequence[Step]) -> bool:
+def _is_a_path(steps: Sequence[Step]) -> bool:
     """Whether steps speak of a model's layers by their order, or name a model: ``base.layers[:-5]``, ``base``."""
     if all(isinstance(step, Segment) and not step.is_glob for step in steps):
         return True

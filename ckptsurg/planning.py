@@ -11,7 +11,7 @@ import numpy as np
 from .defaults import Ambiguous, resolve_default
 from .errors import Problem, SpecError
 from .initializer_arguments import Initializer, refusal
-from .layers import Layer
+from .layers import from_metadata
 from .matching import BoolArray, IntArray, Names
 from .parsing import Place
 from .plans import Counts, Plan, PlannedTensor
@@ -29,7 +29,7 @@ def plan(spec: Spec, source: TensorSource) -> Plan:
     Raises:
         SpecError: with everything in the spec that does not fit the source.
     """
-    base, layers = source.tensors, Layer.from_metadata(getattr(source, "metadata", None))
+    base, layers = source.tensors, from_metadata(getattr(source, "metadata", None))
     findings = _Findings(spec)
     everything = Space(Names(list(base), layers), base)
     drop = findings.select(("drop",), spec.drop, everything)

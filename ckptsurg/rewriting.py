@@ -102,7 +102,7 @@ def rewrite(
 
 def convert(plan: Plan, base: Checkpoint, destination: Destination, *, progress: Progress | None = None) -> None:
     """Publish the output of a plan that only copies, and no manifest. Arguments and errors are those of ``rewrite``."""
-    with _written(_Carrier(Spec(version=1), plan, base, "blake3"), destination, progress) as staging:
+    with _written(_Carrier(Spec(version=1), plan, base, None), destination, progress) as staging:
         if is_file_output(destination.out):
             staging.withdraw(manifest_path(destination.out))  # of what was there before
         _publish_weights(staging, destination)
@@ -188,9 +188,9 @@ def _index(layout: Layout, base: Checkpoint) -> bytes:
 
 
 class _Carrier:
-    """Writes files of an output, and keeps a record of every tensor it wrote."""
+    """Writes files of an output, and keeps a record of every tensor it wrote, if there is an algorithm for digests."""
 
-    def __init__(self, spec: Spec, plan: Plan, base: Checkpoint, algorithm: str) -> None:
+    def __init__(self, spec: Spec, plan: Plan, base: Checkpoint, algorithm: str | None) -> None:
         self.records: dict[str, TensorRecord] = {}
         self.plan, self.base = plan, base
         self._spec, self._algorithm = spec, algorithm
@@ -199,7 +199,7 @@ class _Carrier:
         writer = Writer(descriptor, self.base.label, meter.advance)
         writer.write_new([file.header])
         for tensor in file.tensors:
-            recorder = Recorder(tensor, self._algorithm)
+            recorder = Recorder(tensor, self._algorithm) if self._algorithm else None
             if tensor.action == "copy" and (extent := self.base.extents.get(tensor.name)) is not None:
                 writer.copy_range(extent, recorder)
             elif tensor.action == "copy":
@@ -209,9 +209,10 @@ class _Carrier:
                     self._draw(tensor, writer, recorder)
                 except Undrawable as error:
                     raise SpecError(self._spec.label, [Problem(tensor.rule or "", str(error))]) from None
-            self.records[tensor.name] = recorder.record()
+            if recorder is not None:
+                self.records[tensor.name] = recorder.record()
 
-    def _draw(self, tensor: PlannedTensor, writer: Writer, recorder: Recorder) -> None:
+    def _draw(self, tensor: PlannedTensor, writer: Writer, recorder: Recorder | None) -> None:
         if not tensor.keep:
             writer.write_new(self._values(tensor)(0, tensor.info.elements), recorder)
             return

@@ -162,7 +162,7 @@ def rewrite(
 @cli.command()
 @_argument("src")
 @_argument("out")
-@_overwrite
+@click.option("--overwrite", is_flag=True, help="Replace a file; a folder only if it holds a freeze.json.")
 @_max_shard_size
 @_keep_other_weights
 @_model

@@ -1,4 +1,4 @@
-"""Formats of checkpoints: one file each, and the one way to open any of them."""
+"""Formats of checkpoints: a file each, what some of them share, and the one way to open any of them."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..checkpoints import Checkpoint
 from ..errors import UsageError, system_failures
 from ..header import begins_like_safetensors
 from ..wording import shown
+from . import endings
 from .adapter import AdapterOverBase, adapter_in, base_of_adapter
+from .distributed import METADATA_NAME, open_distributed
 from .folder import holds_safetensors, open_folder, open_index
+from .keras import open_keras
 from .safetensors import open_single
+from .torch_archive import holds_archive, open_archive, open_archive_folder, open_archive_index
 
-__all__ = ["AdapterOverBase", "is_keras_file", "open_checkpoint", "open_trained"]
+__all__ = ["NO_MODEL", "AdapterOverBase", "is_keras_file", "open_checkpoint", "open_trained"]
 
-_KERAS = (".keras", ".h5", ".hdf5")
-_TORCH = (".pt", ".pth", ".bin", ".ckpt")
-#: What ``torch.distributed.checkpoint`` calls the file that says where tensors are.
-_DISTRIBUTED_NAME = ".metadata"
+#: Of a model that is given for nothing.
+NO_MODEL = "{}: a model is given, and this is no file of Keras"
 
 
 def open_checkpoint(path: str | Path, *, model: Callable[[], Any] | None = None) -> Checkpoint:
@@ -42,55 +44,37 @@ def open_checkpoint(path: str | Path, *, model: Callable[[], Any] | None = None)
     """
     path = Path(path)
     with system_failures(shown(path)):
-        if not path.is_dir():
-            return _open_file(path, model)
-        if model is not None:
-            raise UsageError(f"{shown(path)}: a model is given for a file of Keras, and this is a folder")
-        return _open_folder(path)
+        if model is not None and path.exists() and not is_keras_file(path):
+            raise UsageError(NO_MODEL.format(shown(path)))
+        return _open_folder(path) if path.is_dir() else _open_file(path, model)
 
 
 def _open_file(path: Path, model: Callable[[], Any] | None) -> Checkpoint:
     if not path.exists():
         raise UsageError(f"{shown(path)}: no such file or folder")
-    if path.name == _DISTRIBUTED_NAME:
-        return _open_distributed(path.parent)
-    if path.name.endswith(".distcp"):
+    if path.name == METADATA_NAME:
+        return open_distributed(path.parent)
+    if path.name.endswith(endings.PART_OF_DISTRIBUTED):
         raise UsageError(f"{shown(path)}: is a part of a distributed checkpoint", hint="give its folder")
     if path.name.endswith(".bin.index.json"):
-        from .torch_archive import open_archive_index
-
         return open_archive_index(path)
     if path.name.endswith(".index.json"):
         return open_index(path)
     kind = _kind_of(path)
     if kind == "keras":
-        from .keras import open_keras
-
         return open_keras(path, model)
-    if model is not None:
-        raise UsageError(f"{shown(path)}: a model is given for a file of Keras, and this is none")
     if kind == "torch":
-        from .torch_archive import open_archive
-
         return open_archive(path)
     return open_single(path)
 
 
 def _open_folder(path: Path) -> Checkpoint:
     if not holds_safetensors(path):
-        from .torch_archive import holds_archive, open_archive_folder
-
         if holds_archive(path):
             return open_archive_folder(path)
-        if os.path.lexists(path / _DISTRIBUTED_NAME):
-            return _open_distributed(path)
+        if os.path.lexists(path / METADATA_NAME):
+            return open_distributed(path)
     return open_folder(path)
-
-
-def _open_distributed(path: Path) -> Checkpoint:
-    from .distributed import open_distributed
-
-    return open_distributed(path)
 
 
 def is_keras_file(path: Path) -> bool:
@@ -98,17 +82,17 @@ def is_keras_file(path: Path) -> bool:
     return _kind_of(path) == "keras"
 
 
-def _kind_of(path: Path) -> str:
+def _kind_of(path: Path) -> Literal["safetensors", "torch", "keras"]:
     """``safetensors``, ``torch`` or ``keras``: by the content, and where that says nothing, by the name's ending."""
-    if not path.is_file() or path.name.endswith(".safetensors"):
+    if not path.is_file() or path.name.endswith(endings.SAFETENSORS):
         return "safetensors"
     with path.open("rb") as file:
         prefix = file.read(64)
     if begins_like_safetensors(prefix):
         return "safetensors"
-    if prefix.startswith(b"\x89HDF\r\n\x1a\n") or path.name.endswith(_KERAS):
+    if prefix.startswith(b"\x89HDF\r\n\x1a\n") or path.name.endswith(endings.KERAS):
         return "keras"
-    is_archive = prefix.startswith((b"PK\x03\x04", b"\x80")) or path.name.endswith(_TORCH)
+    is_archive = prefix.startswith((b"PK\x03\x04", b"\x80")) or path.name.endswith(endings.TORCH)
     return "torch" if is_archive else "safetensors"
 
 

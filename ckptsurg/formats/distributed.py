@@ -14,15 +14,14 @@ from ..errors import CheckpointError
 from ..tensors import DTYPE_BITS, TensorInfo
 from ..wording import shown
 from .distributed_metadata import METADATA_NAME, malformed, read_metadata
+from .endings import PART_OF_DISTRIBUTED
 from .indexes import allow_descriptors, refuse_outside, refuse_unsafe
-from .saved_by_torch import Watched, find_state_dict, reading
+from .saved_by_torch import UnchangedFiles, find_state_dict, reading
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 
 __all__ = ["METADATA_NAME", "open_distributed"]
-
-SHARD_ENDING = ".distcp"
 
 
 def open_distributed(path: Path) -> Checkpoint:
@@ -65,7 +64,7 @@ def open_distributed(path: Path) -> Checkpoint:
         _refuse_cut_short(metadata, files, label)
         keys = {name: entry.key for name, entry in found.tensors.items()}
         read_from = {name: [files[one] for one in places[name]] for name in infos}
-        source = Watched(_Pieces(path, metadata, keys, infos), read_from)
+        source = UnchangedFiles(_Pieces(path, metadata, keys, infos), read_from)
         homes = {name: places[name][0] for name in infos if places[name]}
         opened = Checkpoint(
             path, list(files.values()), infos, {}, path, warnings=found.warnings, source=source, homes=homes
@@ -168,7 +167,7 @@ def _places(metadata: Metadata, key: str, record: TensorStorageMetadata, label: 
         stored = metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
         if stored is None:
             raise CheckpointError(f"{label}: the metadata does not say where its piece at {list(chunk.offsets)} is")
-        refuse_unsafe(stored.relative_path, label, SHARD_ENDING)
+        refuse_unsafe(stored.relative_path, label, PART_OF_DISTRIBUTED)
         names.append(stored.relative_path)
     return list(dict.fromkeys(names))
 
@@ -192,7 +191,7 @@ def _is_whole(size: Sequence[int], chunks: Sequence[ChunkStorageMetadata]) -> bo
 
 
 def _shards_in(folder: Path) -> set[str]:
-    return {entry.name for entry in folder.iterdir() if entry.name.endswith(SHARD_ENDING)}
+    return {entry.name for entry in folder.iterdir() if entry.name.endswith(PART_OF_DISTRIBUTED)}
 
 
 def _refuse_cut_short(metadata: Metadata, files: Mapping[str, StoredFile], label: str) -> None:

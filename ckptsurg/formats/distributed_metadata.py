@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
 from ..checkpoints import open_regular
 from ..errors import CheckpointError, UsageError
+from ..frameworks.importing import import_torch
 from ..wording import shown
 from .indexes import refuse_outside
-from .saved_by_torch import reading, safe_torch
+from .saved_by_torch import reading
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -32,15 +34,20 @@ def read_metadata(folder: Path, label: str) -> Metadata:
         UsageError: if there is no torch that reads the checkpoint safely.
         CheckpointError: if the metadata is malformed, or holds anything else.
     """
-    torch = safe_torch(label)
+    torch = import_torch(label)
     if not torch.distributed.is_available():
         raise UsageError(f"{label}: this PyTorch is built without torch.distributed", hint="install another build")
+    try:
+        classes = _classes()
+    except (ImportError, AttributeError) as error:
+        message = f"{label}: PyTorch {torch.__version__} keeps its metadata in another way: {shown(error)}"
+        raise UsageError(message, hint="convert it with the PyTorch that wrote it") from None
     path = folder / METADATA_NAME
     refuse_outside(path, folder)
     descriptor, _ = open_regular(path.resolve())
     label = shown(path)
     with open(descriptor, "rb") as file, reading(label):  # noqa: PTH123 - of a descriptor
-        metadata = _MetadataUnpickler(file).load()
+        metadata = _MetadataUnpickler(file, classes).load()
         _refuse_malformed(metadata, label)
     found: Metadata = metadata
     return found
@@ -88,12 +95,16 @@ class _MetadataUnpickler(pickle._Unpickler):
     It builds on the one in Python, which lets itself be kept from altering those classes.
     """
 
+    def __init__(self, file: BinaryIO, classes: Mapping[tuple[str, str], Any]) -> None:
+        super().__init__(file)
+        self._classes = classes
+
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
     stack: list[Any]
 
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return _allowed()[module, name]
+            return self._classes[module, name]
         except KeyError:
             raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {module}.{name}") from None
 
@@ -106,7 +117,7 @@ class _MetadataUnpickler(pickle._Unpickler):
 
 
 @cache
-def _allowed() -> dict[tuple[str, str], Any]:
+def _classes() -> dict[tuple[str, str], Any]:
     """What metadata is made of, by module and name."""
     import torch
     from torch.distributed.checkpoint import filesystem, metadata

@@ -13,13 +13,14 @@ from ..header import open_file
 from ..manifest import MANIFEST_NAME
 from ..tensors import TensorInfo
 from ..wording import enumerate_names, shown
+from . import endings
 from .indexes import read_index, refuse_outside
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "companions", "holds_safetensors", "open_folder", "open_index"]
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-_OPENED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".keras", ".h5", ".hdf5")
+_OPENED = (*endings.SAFETENSORS, *endings.TORCH, *endings.KERAS, ".index.json")
 
 
 def holds_safetensors(path: Path) -> bool:
@@ -97,8 +98,8 @@ def open_index(path: Path) -> Checkpoint:
 
 # --- The files beside the weights -------------------------------------------------------------------
 
-_WEIGHT_FILES = (".bin", ".pt", ".pth", ".h5", ".gguf", ".msgpack", ".onnx", ".safetensors")
-_OTHER_WEIGHTS = (*_WEIGHT_FILES, *(f"{ending}.index.json" for ending in _WEIGHT_FILES))
+_WEIGHT_FILES = (*endings.SAFETENSORS, *endings.TORCH, *endings.KERAS, endings.PART_OF_DISTRIBUTED, *endings.OTHERS)
+_OTHER_WEIGHTS = (*_WEIGHT_FILES, *(f"{ending}.index.json" for ending in _WEIGHT_FILES), "/.metadata")
 _log = logging.getLogger("ckptsurg")
 
 
@@ -128,7 +129,7 @@ def companions(checkpoint: Checkpoint, *, keep_other_weights: bool = False) -> d
             continue
         if name.endswith("/") or name == MANIFEST_NAME:
             others.append(name)
-        elif name.endswith(_OTHER_WEIGHTS) and not keep_other_weights:
+        elif f"/{name}".endswith(_OTHER_WEIGHTS) and not keep_other_weights:
             weights.append(name)
         else:
             refuse_outside(path, checkpoint.folder)

@@ -13,41 +13,17 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from ..checkpoints import StoredFile
-from ..errors import CheckpointError, CkptsurgError, SystemFailure, UsageError
+from ..errors import CheckpointError, CkptsurgError, SystemFailure
 from ..tensors import Buffer, TensorSource
 from ..wording import enumerate_names, shown
 
-__all__ = ["StateDict", "Watched", "find_state_dict", "reading", "safe_torch"]
+__all__ = ["STATE_DICT_KEYS", "StateDict", "UnchangedFiles", "find_state_dict", "reading"]
 
 #: The keys under which training code keeps a state dict beside what else it saves.
 STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict")
 _LISTED = 8
 
 T = TypeVar("T")
-
-
-def safe_torch(label: str) -> Any:
-    """The module ``torch``.
-
-    Args:
-        label: Of what it is to read.
-
-    Raises:
-        UsageError: if it is not installed, or so old that a file can run code in spite of ``weights_only``.
-    """
-    try:
-        import torch
-    except ModuleNotFoundError:
-        raise UsageError(
-            f"{label}: is read by PyTorch, which is not installed", hint="pip install 'ckptsurg[torch]'"
-        ) from None
-    if torch.torch_version.TorchVersion(torch.__version__) < "2.6":
-        raise UsageError(
-            f"{label}: is not read with PyTorch {torch.__version__}, in which a file can run code although only "
-            "weights are asked for (CVE-2025-32434)",
-            hint="pip install 'torch>=2.6'",
-        )
-    return torch
 
 
 # --- Where the weights are --------------------------------------------------------------------------
@@ -149,7 +125,7 @@ def _kind(value: object) -> str:
 # --- Reading ----------------------------------------------------------------------------------------
 
 
-class Watched:
+class UnchangedFiles:
     """A TensorSource over files that are read in place: a change to one is an error before more of it is read.
 
     A mapped file that is cut short would kill the process.

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..checkpoints import Checkpoint, Index, StoredFile, open_regular, open_stored
 from ..errors import CheckpointError
+from ..frameworks.importing import import_torch
 from ..wording import enumerate_names, shown
 from .indexes import read_index, refuse_outside
-from .saved_by_torch import Watched, find_state_dict, reading, safe_torch
+from .saved_by_torch import UnchangedFiles, find_state_dict, reading
 
 if TYPE_CHECKING:
     import torch
@@ -129,12 +130,12 @@ class _Archive:
     warnings: list[str]
 
 
-def _source(archives: Mapping[str, _Archive], label: str) -> Watched:
+def _source(archives: Mapping[str, _Archive], label: str) -> UnchangedFiles:
     from ..frameworks.pytorch import TorchTensors
 
     tensors = {name: tensor for archive in archives.values() for name, tensor in archive.tensors.items()}
     files = {name: [archive.file] for archive in archives.values() for name in archive.tensors}
-    return Watched(TorchTensors(tensors, label), files)
+    return UnchangedFiles(TorchTensors(tensors, label), files)
 
 
 def _open(path: Path, name: str, stack: ExitStack) -> _Archive:
@@ -164,7 +165,7 @@ def _open(path: Path, name: str, stack: ExitStack) -> _Archive:
 
 def _load(path: Path, file: BinaryIO, label: str) -> Any:
     """What ``torch.save`` was given, of which only weights and plain data are unpickled."""
-    torch = safe_torch(label)
+    torch = import_torch(label)
     prefix = file.read(64)
     is_zip = prefix.startswith(b"PK\x03\x04")
     if not is_zip and not prefix.startswith(b"\x80"):

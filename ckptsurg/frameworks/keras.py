@@ -19,7 +19,7 @@ from keras.src.models.functional import Functional
 from keras.src.utils.naming import to_snake_case
 
 from ..errors import FreezeError
-from ..layers import LAYERS_KEY, Layer
+from ..layers import LAYERS_KEY, Layer, to_text
 from ..numpy_types import element_type
 from ..tensors import CHUNK_BYTES, Buffer, TensorInfo
 from ..wording import enumerate_names, shown
@@ -68,7 +68,7 @@ class KerasVariables:
         self.tensors: Mapping[str, TensorInfo] = {name: info_of(one) for name, one in self.variables.items()}
         by_identity = {id(variable): name for name, variable in self.variables.items()}
         layers = [_described(layer, by_identity) for layer in _layers_of(model)]
-        self.metadata: Mapping[str, str] = {"format": "keras", LAYERS_KEY: Layer.to_text(layers)}
+        self.metadata: Mapping[str, str] = {"format": "keras", LAYERS_KEY: to_text(layers)}
 
     def read(self, name: str) -> Iterator[Buffer]:
         return bytes_of(self.variables[name])

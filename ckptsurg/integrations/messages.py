@@ -11,19 +11,31 @@ from ..manifest import Manifest
 from ..report import Difference
 from ..wording import enumerate_names, shown
 
-__all__ = ["about_to_move", "absent", "cannot_be_frozen", "described", "left_as_they_are", "loading_hint", "mismatches"]
+__all__ = [
+    "about_to_move",
+    "absent",
+    "cannot_be_frozen",
+    "described",
+    "left_as_they_are",
+    "listed",
+    "loading_hint",
+    "mismatches",
+]
 
 _LISTED = 20
 _OTHER_BITS = "has other bits: not loaded, or from another file"
 _ABSENT = "is not in the model"
 
 
+def listed(head: str, problems: Sequence[str]) -> str:
+    """What is wrong under a head, a line each; of many the first."""
+    more = [f"... and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+    return "\n  ".join([head, *problems[:_LISTED], *more])
+
+
 def cannot_be_frozen(model: object, problems: Sequence[str], hint: str | None) -> FreezeError:
-    """The error of a model against whose freeze something stands, a line each."""
-    listed = list(problems[:_LISTED])
-    if len(problems) > _LISTED:
-        listed.append(f"... and {len(problems) - _LISTED} more")
-    return FreezeError("\n  ".join([f"the model ({type(model).__name__}) cannot be frozen:", *listed]), hint=hint)
+    """The error of a model against whose freeze something stands."""
+    return FreezeError(listed(f"the model ({type(model).__name__}) cannot be frozen:", problems), hint=hint)
 
 
 def absent(name: str, advice: str = "") -> str:

@@ -101,7 +101,8 @@ class FrozenModel:
             assert rows is not None
             self._rows.append((place.variable, HeldRows(place.variable, (rows.start, rows.stop))))
         layers, weights = layers_in(self.model), list(self.model.weights)
-        trained = [layer for layer in layers if layer._trainable], [one for one in weights if one.trainable]
+        trained_layers = [layer for layer in layers if layer._trainable]
+        trained_weights = [one for one in weights if one.trainable]
         whole = {id(place.variable) for place in live.frozen.values()}
         frozen_layers = [layer for layer in layers if self._is_frozen(layer, whole)]
         for layer in frozen_layers:
@@ -112,8 +113,8 @@ class FrozenModel:
                 place.variable._value.grad = None
         for variable, held in self._rows:
             variable.constraint = held
-        self._layers = [layer for layer in trained[0] if not layer._trainable]
-        self._variables = [variable for variable in trained[1] if not variable.trainable]
+        self._layers = [layer for layer in trained_layers if not layer._trainable]
+        self._variables = [variable for variable in trained_weights if not variable.trainable]
         self._holds = whole | {id(below) for layer in frozen_layers for below in layers_in(layer)}
         self._in_inference = [layer for layer in self._layers if isinstance(layer, keras.layers.BatchNormalization)]
         if getattr(self.model, "train_function", None) is not None:

@@ -54,12 +54,12 @@ class LiveModel:
     @property
     def frozen(self) -> dict[str, Place]:
         """Variables that are frozen as a whole, by the manifest's names."""
-        return {name: place for name, _, place in self._held() if self.manifest.tensors[name].rows is None}
+        return {name: place for name, record, place in self._held() if record.rows is None}
 
     @property
     def rows(self) -> dict[str, Place]:
         """Variables that are frozen in a part."""
-        return {name: place for name, _, place in self._held() if self.manifest.tensors[name].rows is not None}
+        return {name: place for name, record, place in self._held() if record.rows is not None}
 
     def _held(self) -> Iterator[tuple[str, TensorRecord, Place]]:
         for name, record in self.manifest.frozen.items():
@@ -80,7 +80,7 @@ class LiveModel:
         """Frozen tensors that a step of training would write to, by the manifest's names, with the cause code."""
         training = self.trainable()
         about: dict[str, str] = {}
-        for name, _, place in self._held():
+        for name, record, place in self._held():
             layer = place.owners[-1] if place.owners else self.model
             is_statistic = id(place.variable) in map(id, layer._non_trainable_variables)
             if is_normalised(place):
@@ -88,7 +88,7 @@ class LiveModel:
             elif isinstance(layer, keras.layers.BatchNormalization) and is_statistic:
                 if layer.trainable:
                     about[name] = "batchnorm_stats"
-            elif id(place.variable) in training and self.manifest.tensors[name].rows is None:
+            elif id(place.variable) in training and record.rows is None:
                 about[name] = "reenabled"
         return about
 

@@ -13,6 +13,7 @@ from ...renaming import Renaming, renamed
 from ...tensors import Buffer, Digester, TensorSource, digest_of
 from ...wording import shown
 from ..arguments import opened
+from ..messages import listed
 from .live import layers_in
 
 __all__ = ["load_weights"]
@@ -43,9 +44,8 @@ def load_weights(
         variables = KerasVariables(model, source.tensors if names is None else ())
         called = renamed(variables.tensors, names)
         if problems := list(_differences(variables, called, source)):
-            listed = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
             raise UsageError(
-                "\n  ".join([f"{source.label} does not fit {variables.label}:", *listed]),
+                listed(f"{source.label} does not fit {variables.label}:", problems),
                 hint="build the model as it was when the checkpoint was made; where names differ, give `names`",
             )
         for own, name in called.items():
