@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from math import prod
@@ -60,7 +59,7 @@ def open_distributed(path: Path) -> Checkpoint:
             refuse_outside(path / one, path, missing=f"{label}: the file {shown(one)} is missing")
             held = infos if one == METADATA_NAME else {name: infos[name] for name in infos if one in places[name]}
             files[one] = open_stored((path / one).resolve(), one, held)
-            stack.callback(os.close, files[one].descriptor)
+            stack.callback(files[one].close)
         _refuse_cut_short(metadata, files, label)
         keys = {name: entry.key for name, entry in found.tensors.items()}
         read_from = {name: [files[one] for one in places[name]] for name in infos}

@@ -152,10 +152,9 @@ def _open(path: Path, name: str, stack: ExitStack) -> _Archive:
     for tensor_name, tensor in found.tensors.items():
         if reason := _unreadable(tensor):
             raise CheckpointError(f'{label}: "{shown(tensor_name)}" {reason}')
-    stored = open_stored(real, name, {one: info_of(tensor) for one, tensor in found.tensors.items()})
-    stack.callback(os.close, stored.descriptor)
-    if (stored.status.st_ino, stored.status.st_mtime_ns) != (before.st_ino, before.st_mtime_ns):
-        raise CheckpointError(f"{label}: was changed while it was opened")
+    infos = {one: info_of(tensor) for one, tensor in found.tensors.items()}
+    stored = open_stored(real, name, infos, since=before)
+    stack.callback(stored.close)
     tied = [
         f"{label}: {enumerate_names(names)}: one tensor in the archive; each is written"
         for names in _tied(found.tensors)
