@@ -32,8 +32,10 @@ from .coercing import (
 from .config import CONFIG_NAME, edited_config
 from .describing import describe
 from .errors import DocumentError, Problem, SpecError, UsageError, system_failures
+from .formats import endings
 from .formats.adapter import AdapterOverBase
 from .formats.folder import companions
+from .initializer_arguments import SAME_FOR_EVERY_NAME
 from .inspection import Inspection, inspect_checkpoint
 from .manifest import Manifest, is_file_output, load_manifest
 from .metering import Progress
@@ -184,13 +186,17 @@ def convert(
         SystemFailure: if the system fails; nothing is published then.
     """
     target = as_target(out)
+    if target.name.endswith((*endings.TORCH, *endings.KERAS)):
+        raise UsageError(
+            f"{shown(target)}: what is written is safetensors; end the name in .safetensors, or name a folder"
+        )
     with checkpoint_of(ckpt) as base:
         others = _companions(base, target, keep_other_weights=keep_other_weights)
         size = as_size(max_shard_size)
         destination = rewriting.Destination(target, others, overwrite=overwrite, max_shard_size=size)
-        rewriting.convert(planning.plan(Spec(version=1), base), base, destination, progress=progress)
         for warning in base.warnings:
-            _log.warning("note: %s", warning)
+            _log.info("note: %s", warning)
+        rewriting.convert(planning.plan(Spec(version=1), base), base, destination, progress=progress)
     return inspect(target)
 
 
@@ -451,8 +457,21 @@ def _plan(spec: Spec, base: Checkpoint) -> tuple[Plan, bytes | None]:
         raise SpecError(spec.label, [*error.problems, *problems]) from None
     if problems:
         raise SpecError(spec.label, problems)
-    notes = [*planned.notes, *base.warnings, *config[1]]
+    notes = [*planned.notes, *base.warnings, *config[1], *_parted(planned, base)]
     resized = [t.name for t in planned.output if t.action == "reinit" and t.shape != base.tensors[t.name].shape]
     if resized and spec.config is None and base.folder is not None and (base.folder / CONFIG_NAME).exists():
         notes.append(f"{enumerate_names(resized, 2)}: a new shape, and {CONFIG_NAME} stays as it is; see `config`")
     return planned.model_copy(update={"notes": tuple(notes)}), config[0]
+
+
+def _parted(planned: Plan, base: Checkpoint) -> list[str]:
+    """Names of one tensor in the base that stand for several in the output."""
+    output = {tensor.name: tensor for tensor in planned.output}
+    notes = []
+    for names in base.tied:
+        left = [output[name] for name in names if name in output]
+        kinds = {(one.action, one.shape, one.frozen, one.rows, str(one.init)) for one in left}
+        is_random = any(one.init is not None and one.init.name not in SAME_FOR_EVERY_NAME for one in left)
+        if len(kinds) > 1 or (is_random and len(left) > 1):
+            notes.append(f"{enumerate_names(names)}: one tensor in the base, and not in the output")
+    return notes

@@ -110,6 +110,7 @@ class Checkpoint:
         warnings: What is odd but no error.
         source: What a framework's own reader gave, or what is in memory.
         homes: In which file the tensors without an extent are, where there are several.
+        tied: Groups of names that stand for one tensor.
         metadata: Text by key, of all files together; None where none has any.
         clashes: Metadata that two files had and that could not both be kept.
     """
@@ -123,6 +124,7 @@ class Checkpoint:
     warnings: Sequence[str] = ()
     source: TensorSource | None = None
     homes: Mapping[str, str] = field(default_factory=dict)
+    tied: Sequence[Sequence[str]] = ()
     label: str = field(init=False)
     metadata: Mapping[str, str] | None = field(init=False)
     clashes: Sequence[str] = field(init=False)

@@ -125,8 +125,8 @@ def as_builder(given: str) -> Callable[[], Any]:
         UsageError: if it is not of that form, cannot be imported, or is no function.
     """
     module, separator, function = given.partition(":")
-    if not (module and separator and function):
-        raise UsageError(f'"{shown(given)}" names no function; write module:function')
+    if not (module and separator and function) or not all(part.isidentifier() for part in module.split(".")):
+        raise UsageError(f'"{shown(given)}" names no function; write module:function, as Python imports it')
     sys.path.insert(0, str(Path.cwd()))
     try:
         found: Any = importlib.import_module(module)

@@ -24,7 +24,7 @@ from .documents import Model, fail, suggest
 from .tensors import TensorInfo
 from .wording import shown
 
-__all__ = ["MODULES", "Init", "Initializer", "refusal"]
+__all__ = ["MODULES", "SAME_FOR_EVERY_NAME", "Init", "Initializer", "refusal"]
 
 
 class _NoArguments(Model):
@@ -123,6 +123,10 @@ _ARGUMENTS: dict[str, type[Model]] = {
     "xavier_uniform": _Gain,
     "zeros": _NoArguments,
 }
+
+
+#: Initializers whose values do not depend on the tensor's name.
+SAME_FOR_EVERY_NAME = frozenset(("constant", "dirac", "eye", "mean", "ones", "zeros"))
 
 
 class Initializer(Model):

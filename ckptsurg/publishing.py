@@ -70,10 +70,13 @@ def refuse_target(out: Path, manifest: Path | None, base: Checkpoint, *, overwri
 
 
 def _refuse_base(target: Path, base: Checkpoint) -> None:
+    itself = f"{shown(target)}: is the base, or a link to it; an output never replaces its base"
+    if base.folder is not None and _real(target) == _real(base.folder):
+        raise UsageError(itself)
     with suppress(OSError):
         status = target.stat()
         if any((status.st_dev, status.st_ino) == (file.status.st_dev, file.status.st_ino) for file in base.files):
-            raise UsageError(f"{shown(target)}: is the base, or a link to it; an output never replaces its base")
+            raise UsageError(itself)
     if base.folder is not None and _real(target).is_relative_to(_real(base.folder)):
         raise UsageError(f"{shown(target)}: lies inside the base {base.label}; choose a place outside it")
     home = base.folder or (base.path.parent if base.path is not None else Path())

@@ -16,7 +16,7 @@ from .checkpoints import Checkpoint
 from .config import CONFIG_NAME
 from .copying import Writer
 from .describing import Recorder, base_files
-from .errors import Problem, SpecError, system_failures
+from .errors import Problem, SpecError, UsageError, system_failures
 from .initializer_arguments import Initializer
 from .initializers import Drawing, Undrawable
 from .layout import Layout, OutputFile, lay_out
@@ -102,9 +102,10 @@ def rewrite(
 
 def convert(plan: Plan, base: Checkpoint, destination: Destination, *, progress: Progress | None = None) -> None:
     """Publish the output of a plan that only copies, and no manifest. Arguments and errors are those of ``rewrite``."""
+    beside = manifest_path(destination.out)
+    if is_file_output(destination.out) and os.path.lexists(beside):
+        raise UsageError(f"{shown(beside)}: a manifest that would speak for the output; move it, or call OUT otherwise")
     with _written(_Carrier(Spec(version=1), plan, base, None), destination, progress) as staging:
-        if is_file_output(destination.out):
-            staging.withdraw(manifest_path(destination.out))  # of what was there before
         _publish_weights(staging, destination)
 
 

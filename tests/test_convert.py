@@ -90,15 +90,25 @@ def test_the_document_is_what_inspect_says_of_the_output(tmp_path):
     assert json.loads(done.stdout) == json.loads(inspect(tmp_path / "a.safetensors").to_json())
 
 
-def test_what_stands_there_is_replaced_only_if_asked_for_and_its_manifest_goes(tmp_path):
+def test_what_stands_there_is_replaced_only_if_asked_for_and_no_manifest_is(tmp_path):
     torch.save({"a": torch.ones(3)}, tmp_path / "a.pt")
     ckptsurg.rewrite({"version": 1, "freeze": "**"}, {"a": torch.zeros(3)}, tmp_path / "a.safetensors")
     done = _convert(tmp_path / "a.pt", tmp_path / "a.safetensors")
-    assert done.returncode == 2 and "exists already" in done.stderr
+    assert done.returncode == 2
     assert not load_file(tmp_path / "a.safetensors")["a"].any()
+    done = _convert(tmp_path / "a.pt", tmp_path / "a.safetensors", "--overwrite")
+    assert done.returncode == 2 and "a manifest that would speak for the output" in done.stderr
+    assert (tmp_path / "a.freeze.json").exists() and not load_file(tmp_path / "a.safetensors")["a"].any()
+    (tmp_path / "a.freeze.json").rename(tmp_path / "old.json")
     assert _convert(tmp_path / "a.pt", tmp_path / "a.safetensors", "--overwrite").returncode == 0
     assert load_file(tmp_path / "a.safetensors")["a"].all()
-    assert not (tmp_path / "a.freeze.json").exists()
+
+
+def test_an_output_is_not_called_what_it_is_not(tmp_path):
+    torch.save({"a": torch.ones(3)}, tmp_path / "a.pt")
+    done = _convert(tmp_path / "a.pt", tmp_path / "b.pth")
+    assert done.returncode == 2 and "what is written is safetensors" in done.stderr
+    assert not (tmp_path / "b.pth").exists()
 
 
 def test_what_is_in_memory_is_written_too(tmp_path):

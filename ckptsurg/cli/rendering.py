@@ -82,9 +82,17 @@ def progress(task: str) -> Iterator[Callable[[int, int], None] | None]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn(task), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        identifier = bar.add_task(task, total=None)
-        yield lambda done, total: bar.update(identifier, completed=done, total=total)
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    identifier = bar.add_task(task, total=None)
+
+    def advance(done: int, total: int) -> None:
+        bar.start()  # only now, so that what is said before stands above it; again, it does nothing
+        bar.update(identifier, completed=done, total=total)
+
+    try:
+        yield advance
+    finally:
+        bar.stop()
 
 
 # --- inspect ----------------------------------------------------------------------------------------
@@ -94,6 +102,7 @@ def show_inspection(inspection: Inspection, label: str) -> None:
     from rich.text import Text
     from rich.tree import Tree
 
+    from ..layers import LAYERS_KEY, from_metadata
     from .tree import Node, build
 
     def add(tree: Tree, node: Node) -> None:
@@ -120,7 +129,11 @@ def show_inspection(inspection: Inspection, label: str) -> None:
     tree = Tree(head, guide_style="dim")
     add(tree, root)
     _console().print(tree)
-    for key, value in list(inspection.metadata.items())[:_ROWS]:
+    if layers := from_metadata(inspection.metadata):
+        order = enumerate_names([layer.name for layer in layers])
+        _console().print(Text(f"layers in their order, {len(layers):,}: {order}", style="dim"), soft_wrap=True)
+    metadata = {key: value for key, value in inspection.metadata.items() if key != LAYERS_KEY}
+    for key, value in list(metadata.items())[:_ROWS]:
         _console().print(Text(f"metadata {shown(key)}: {shown(value, 100)}", style="dim"))
 
 

@@ -43,7 +43,7 @@ def open_keras(path: Path, model: Callable[[], Any] | None) -> Checkpoint:
     label = shown(path)
     descriptor, before = open_regular(path)  # a pipe would keep Keras waiting
     os.close(descriptor)
-    import_keras()
+    import_keras(label)
     layout = examined(path, label, built=model is not None)
     if model is None and layout != "model":
         raise UsageError(f"{label}: holds weights alone, which have their names from the model", hint=BUILDER_HINT)
@@ -83,7 +83,7 @@ def _loaded(path: Path, label: str) -> keras.Model:
 
 
 def _load_weights(model: keras.Model, path: Path, label: str) -> None:
-    with malformed(label):
+    with malformed(label, hint="is this the model whose weights were saved?"):
         refuse_reordered(model, path, label)
         model.load_weights(path)
 

@@ -183,7 +183,7 @@ def _last(path: str) -> str:
 
 
 @contextmanager
-def malformed(label: str) -> Iterator[None]:
+def malformed(label: str, hint: str | None = None) -> Iterator[None]:
     """Turn what Keras, h5py and backends raise into one line. Their warnings are not for who reads a checkpoint."""
     try:
         with warnings.catch_warnings():
@@ -192,14 +192,14 @@ def malformed(label: str) -> Iterator[None]:
     except CkptsurgError:
         raise
     except Exception as error:
-        _refuse(label, error)
+        _refuse(label, error, hint)
 
 
 _UNKNOWN = re.compile(r"(?:Could not (?:locate|deserialize) (?:class|function)|Unknown [a-z ]+:) '([^']*)'")
 _UNSAFE = re.compile(r"Requested the (?:deserialization|loading) of an? (.+?)(?: via | whose |, which|\. )")
 
 
-def _refuse(label: str, error: Exception) -> NoReturn:
+def _refuse(label: str, error: Exception, hint: str | None) -> NoReturn:
     text = str(error)
     if found := _UNKNOWN.search(text):
         unknown = f'{label}: is a model with "{shown(found[1])}", which Keras does not have'
@@ -207,7 +207,7 @@ def _refuse(label: str, error: Exception) -> NoReturn:
     if found := _UNSAFE.search(text):
         unsafe = f"{label}: needs a {shown(found[1])}, and that is not loaded: it may run code or read other files"
         raise CheckpointError(unsafe, hint=BUILDER_HINT) from None
-    raise CheckpointError(f"{label}: Keras cannot read it: {said(error)}") from None
+    raise CheckpointError(f"{label}: Keras cannot read it: {said(error)}", hint=hint) from None
 
 
 def said(error: BaseException) -> str:

@@ -49,7 +49,14 @@ def open_archive(path: Path, folder: Path | None = None) -> Checkpoint:
         archive = _open(path, path.name, stack)
         source = _source({path.name: archive}, shown(folder or path))
         opened = Checkpoint(
-            folder or path, [archive.file], source.tensors, {}, folder, warnings=archive.warnings, source=source
+            folder or path,
+            [archive.file],
+            source.tensors,
+            {},
+            folder,
+            warnings=archive.warnings,
+            source=source,
+            tied=archive.tied,
         )
         stack.pop_all()
     return opened
@@ -123,11 +130,13 @@ class _Archive:
         file: Held open, so that a change to it is seen.
         tensors: Its state dict.
         warnings: What is odd about it.
+        tied: Groups of names that stand for one tensor.
     """
 
     file: StoredFile
     tensors: Mapping[str, torch.Tensor]
     warnings: list[str]
+    tied: list[list[str]]
 
 
 def _source(archives: Mapping[str, _Archive], label: str) -> UnchangedFiles:
@@ -155,11 +164,9 @@ def _open(path: Path, name: str, stack: ExitStack) -> _Archive:
     infos = {one: info_of(tensor) for one, tensor in found.tensors.items()}
     stored = open_stored(real, name, infos, since=before)
     stack.callback(stored.close)
-    tied = [
-        f"{label}: {enumerate_names(names)}: one tensor in the archive; each is written"
-        for names in _tied(found.tensors)
-    ]
-    return _Archive(stored, found.tensors, [*found.warnings, *tied])
+    tied = _tied(found.tensors)
+    said = [f"{label}: {enumerate_names(names)}: one tensor in the archive; each is written" for names in tied]
+    return _Archive(stored, found.tensors, [*found.warnings, *said], tied)
 
 
 def _load(path: Path, file: BinaryIO, label: str) -> Any:

@@ -42,12 +42,17 @@ def import_torch(label: str) -> Any:
     return torch
 
 
-def import_keras() -> None:
+def import_keras(label: str = "a file of Keras") -> None:
     """Import Keras, quietly, and with a backend that is there if none was chosen.
 
+    Args:
+        label: Of what it is to read.
+
     Raises:
-        UsageError: if Keras or its backend is not installed.
+        UsageError: if Keras, its backend or h5py is not installed.
     """
+    if find_spec("h5py") is None:
+        raise UsageError(f"{label}: is read by h5py, which is not installed", hint="pip install 'ckptsurg[keras]'")
     if sys.modules.get("keras") is not None:
         return
     home = Path(os.environ.get("KERAS_HOME") or Path("~/.keras").expanduser())
@@ -61,7 +66,9 @@ def import_keras() -> None:
     except ImportError as error:
         missing = shown(error.name.partition(".")[0] if error.name else error)
         if missing == "keras":
-            raise UsageError("Keras is not installed", hint="pip install 'ckptsurg[keras]'") from None
+            raise UsageError(
+                f"{label}: is read by Keras, which is not installed", hint="pip install 'ckptsurg[keras]'"
+            ) from None
         raise UsageError(
             f"the backend of Keras cannot be imported: {missing} is not installed",
             hint="pip install tensorflow (or torch, or jax), or set KERAS_BACKEND to one that is installed",

@@ -620,11 +620,12 @@ except ckptsurg.UsageError as error:
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
-        ("keras", "Keras is not installed (hint: pip install 'ckptsurg[keras]')"),
+        ("h5py", "model.keras: is read by h5py, which is not installed (hint: pip install 'ckptsurg[keras]')"),
+        ("keras", "model.keras: is read by Keras, which is not installed (hint: pip install 'ckptsurg[keras]')"),
         (
             keras.backend.backend(),
             f"the backend of Keras cannot be imported: {keras.backend.backend()} is not installed (hint: pip install "
-            "'ckptsurg[keras]', or set KERAS_BACKEND to one that is: tensorflow, torch or jax)",
+            "tensorflow (or torch, or jax), or set KERAS_BACKEND to one that is installed)",
         ),
     ],
 )

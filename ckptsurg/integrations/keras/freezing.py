@@ -71,7 +71,29 @@ def freeze(
             "the optimizer keeps averages (use_ema) of variables that are frozen now: compile again after the freeze"
         )
         warnings.warn(message, UserWarning, stacklevel=3)
-    return FrozenModel(live, unknown)
+    frozen_model = FrozenModel(live, unknown)
+    if standing := _standing(live):
+        message = (
+            f"{counted(len(standing))} that the manifest leaves to train will not, their layers or variables are not "
+            f"trainable: {enumerate_names(standing)}; set `trainable = True` on the layers before the freeze"
+        )
+        warnings.warn(message, UserWarning, stacklevel=3)
+    return frozen_model
+
+
+def _standing(live: LiveModel) -> list[str]:
+    """What the manifest leaves to train, and the model does not, though no other freeze holds it."""
+    training = live.trainable()
+    parameters = {id(one) for layer in layers_in(live.model) for one in layer._trainable_variables}
+    variables = {name: live.source.variables[own] for name, own in live.partners.items()}
+    return [
+        name
+        for name, record in live.manifest.tensors.items()
+        if record.trains
+        and name in variables
+        and id(variables[name]) in parameters - training
+        and _holder(variables[name]) is None
+    ]
 
 
 def _extra_parameters(live: LiveModel) -> tuple[str, ...]:
