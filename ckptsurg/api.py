@@ -75,7 +75,7 @@ __all__ = [
 
 
 def inspect(ckpt: TensorsLike, patterns: Sequence[str] = ()) -> Inspection:
-    """The contents of a checkpoint, or what patterns select of it. Only headers are read.
+    """The contents of a checkpoint, or what patterns select of it. Of safetensors only headers are read.
 
     Raises:
         SpecError: if a pattern cannot be read or selects nothing.
@@ -88,7 +88,7 @@ def inspect(ckpt: TensorsLike, patterns: Sequence[str] = ()) -> Inspection:
 
 
 def plan(spec: SpecLike, ckpt: TensorsLike) -> Plan:
-    """What a rewrite would do. Only headers are read, nothing is written.
+    """What a rewrite would do. Of safetensors only headers are read; nothing is written.
 
     Raises:
         SpecError: if the spec is not valid or does not fit the checkpoint.

@@ -1,4 +1,4 @@
-"""A checkpoint on disk: files held open, and where in them the bytes of each tensor are."""
+"""A checkpoint: files held open and where in them the bytes of each tensor are, or what a framework holds of them."""
 
 from __future__ import annotations
 

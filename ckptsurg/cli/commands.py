@@ -100,7 +100,7 @@ def inspect(ckpt: Path, patterns: tuple[str, ...], model: str | None, as_json: b
 @_model
 @_json
 def plan(spec: Path, ckpt: Path, model: str | None, as_json: bool) -> None:
-    """Show what a rewrite would do. Only headers are read, nothing is written."""
+    """Show what a rewrite would do. Of safetensors only headers are read; nothing is written."""
     from ..api import plan_with_spec
     from ..coercing import opened_with
     from . import rendering

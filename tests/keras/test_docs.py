@@ -56,6 +56,18 @@ def test_the_two_phases_run(base):
             frozen.release()
 
 
+def test_the_block_for_the_second_phase_runs(base):
+    model = _with_head(base)
+    ckptsurg.freeze(model, ckptsurg.make_manifest(["**", "!predictions"], model))
+    model.save("phase1.keras")
+    manifest = ckptsurg.make_manifest("phase2.yaml", "phase1.keras")
+    ckptsurg.write_manifest(manifest, "phase2.freeze.json")
+    x, y = images(32, 8)
+    scope = {"keras": keras, "ckptsurg": ckptsurg, "FreezeCallback": FreezeCallback, "x": x, "y": y}
+    exec(_block("python", "load_model"), scope)
+    assert ckptsurg.verify(manifest, "phase2.keras", expect_trained=True).ok
+
+
 def test_the_block_for_keras_runs(base):
     ckptsurg.rewrite("phase1.yaml", "base.keras", "out")
     scope = {
