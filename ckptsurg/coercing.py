@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -152,11 +152,15 @@ def opened_with(model: str | None, *paths: Path) -> Iterator[Sequence[TensorsLik
     if not any(map(is_keras_file, paths)):
         raise UsageError(NO_MODEL.format(enumerate_names([str(path) for path in paths])))
     import_keras()  # before the user's module does it, and less quietly
-    build = as_builder(model)
     with ExitStack() as stack:
-        yield [
-            stack.enter_context(open_checkpoint(path, model=build)) if is_keras_file(path) else path for path in paths
-        ]
+        # What the user's code prints is no part of a document.
+        with redirect_stdout(sys.stderr):
+            build = as_builder(model)
+            opened = [
+                stack.enter_context(open_checkpoint(path, model=build)) if is_keras_file(path) else path
+                for path in paths
+            ]
+        yield opened
 
 
 @contextmanager
@@ -203,6 +207,10 @@ def tensors_of(given: TensorsLike, wanted: Collection[str] = ()) -> Iterator[Ten
             message = f'"{shown(odd[0])}" of the state dict is a {type(given[odd[0]]).__name__}, not a tensor'
             inside = next((name for name in STATE_DICT_KEYS if isinstance(given.get(name), Mapping)), None)
             raise UsageError(message, hint=f'give what is inside: checkpoint["{inside}"]' if inside else None)
+        names: list[Any] = list(given)
+        if unnamed := [name for name in names if not isinstance(name, str)]:
+            kind = type(unnamed[0]).__name__
+            raise UsageError(f"{shown(unnamed[0])} of the state dict is a {kind}; the name of a tensor is text")
         yield TorchTensors(given, "the state dict")
     elif isinstance(given, str | os.PathLike):
         with open_trained(as_path(given)) as opened:

@@ -24,6 +24,9 @@ class Hashing(Protocol):
 class Writer:
     """Appends to a file, through one buffer.
 
+    Attributes:
+        position: How many bytes are written.
+
     Args:
         descriptor: The file, open for writing and empty.
         label: How messages call the source.
@@ -33,6 +36,7 @@ class Writer:
     def __init__(self, descriptor: int, label: str, advance: Callable[[int], None]) -> None:
         self._descriptor, self._label, self._advance = descriptor, label, advance
         self._buffer = bytearray(CHUNK_BYTES)
+        self.position = 0
 
     def copy_range(self, extent: Extent, digester: Hashing | None = None) -> None:
         """Copy a range of a file."""
@@ -44,6 +48,7 @@ class Writer:
             if digester is not None:
                 digester.update(chunk)
             write_all(self._descriptor, chunk)
+            self.position += len(chunk)
             self._advance(len(chunk))
 
 

@@ -7,7 +7,7 @@ from .manifest import BaseFile, FrozenRows, Manifest, Origin, SpecIdentity, Tens
 from .metering import Meter, Progress
 from .plans import Action, Plan, PlannedTensor
 from .spec import Spec
-from .tensors import Buffer, Digester, TensorSource, refuse_foreign_dtypes, row_span, section
+from .tensors import Buffer, Digester, TensorSource, refuse_unstorable, row_span, section
 
 __all__ = ["Recorder", "base_files", "describe"]
 
@@ -31,7 +31,7 @@ def describe(
         CheckpointError: if the source turns out to be damaged, or changes meanwhile.
         SystemFailure: if it cannot be read.
     """
-    refuse_foreign_dtypes(source.label, source.tensors)
+    refuse_unstorable(source.label, source.tensors)
     meter = Meter(sum(tensor.info.nbytes for tensor in plan.output), progress)
     records: dict[str, TensorRecord] = {}
     for tensor in plan.output:

@@ -18,13 +18,12 @@ from typing import Any, NoReturn
 from .checkpoints import Extent, StoredFile, open_regular
 from .errors import CheckpointError, system_failures
 from .parsing import parse_json
-from .tensors import DTYPE_BITS, TensorInfo
+from .tensors import DTYPE_BITS, MAX_RANK, TensorInfo
 from .wording import shown
 
 __all__ = ["MAX_HEADER_BYTES", "OpenedFile", "begins_like_safetensors", "encode_header", "open_file"]
 
 MAX_HEADER_BYTES = 100_000_000
-MAX_RANK = 64
 _LENGTH_BYTES = 8
 _UINT64 = 2**64
 

@@ -17,6 +17,8 @@ __all__ = ["LAYERS_KEY", "Layer", "LayerPaths", "from_metadata", "to_text"]
 
 #: Of the metadata.
 LAYERS_KEY = "ckptsurg.layers"
+#: How deep models may stand in models.
+_DEEPEST = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ def from_metadata(metadata: Mapping[str, str] | None) -> Sequence[Layer]:
         return ()
     try:
         return [_read(one) for one in json.loads(text)]
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return ()  # somebody else's key: it is only text
 
 
@@ -55,18 +57,20 @@ def _written(layer: Layer) -> dict[str, Any]:
     return {"name": layer.name, "tensors": list(layer.tensors), **below}
 
 
-def _read(written: Any) -> Layer:
+def _read(written: Any, depth: int = 0) -> Layer:
     name, tensors, below = written["name"], written["tensors"], written.get("layers", [])
-    if not all(isinstance(text, str) for text in (name, *tensors)):
-        raise TypeError
-    return Layer(name, tuple(tensors), tuple(_read(one) for one in below))
+    if depth > _DEEPEST:
+        raise ValueError
+    for text in (name, *tensors):
+        text.encode()
+    return Layer(name, tuple(tensors), tuple(_read(one, depth + 1) for one in below))
 
 
 class LayerPaths:
     """Where tensors stand in a model: further names for them, by layers' names and by their numbers.
 
     ``base/layers/3/kernel`` is a tensor of the fourth layer of the model called base; where base is the second layer,
-    ``layers/1/layers/3/kernel`` is so too.
+    ``layers/1/layers/3/kernel`` is so too. Above the last, a path has either names or numbers alone.
 
     Attributes:
         tensors: Pairs of a path and the tensor's name. Tensors of a layer may share a path.
@@ -76,16 +80,18 @@ class LayerPaths:
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.tensors: list[tuple[str, str]] = []
         self.children: dict[str, int] = {}
-        self._gather(layers, [""])
+        self._gather(layers, "", "")
 
-    def _gather(self, layers: Sequence[Layer], above: Sequence[str]) -> None:
-        for prefix in above:
+    def _gather(self, layers: Sequence[Layer], by_name: str, by_number: str) -> None:
+        """Take in the layers of a model, whose path ends in a slash, written in the one way and in the other."""
+        for prefix in {by_name, by_number}:
             self.children[f"{prefix}layers"] = len(layers)
         for number, layer in enumerate(layers):
-            here = [f"{prefix}{own}/" for prefix, own in product(above, (layer.name, f"layers/{number}"))]
-            self.tensors += [(path + _inside(name, layer.name), name) for path, name in product(here, layer.tensors)]
+            here = f"{by_name}{layer.name}/", f"{by_name}layers/{number}/", f"{by_number}layers/{number}/"
+            paths = product(dict.fromkeys(here), layer.tensors)
+            self.tensors += [(path + _inside(name, layer.name), name) for path, name in paths]
             if layer.layers:
-                self._gather(layer.layers, here)
+                self._gather(layer.layers, here[0], here[2])
 
 
 def _inside(tensor: str, layer: str) -> str:

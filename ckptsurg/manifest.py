@@ -149,7 +149,7 @@ class Manifest(Document):
         frozen_root: Digest over the frozen tensors: pins what must hold after training.
         counts: How many tensors are frozen, trainable, reinitialised, added and dropped.
         tensors: Every tensor of the output by name.
-        tied: Groups of frozen tensors of two or more dimensions with equal digests.
+        tied: Groups of frozen tensors of two or more dimensions with equal digests, frozen in the same rows.
         dropped: Names of the base that the output does not have.
     """
 
@@ -263,10 +263,10 @@ def _counts(tensors: Mapping[str, TensorRecord], dropped: tuple[str, ...]) -> Co
 
 
 def _tied(tensors: Mapping[str, TensorRecord]) -> tuple[tuple[str, ...], ...]:
-    groups: dict[str, list[str]] = defaultdict(list)
+    groups: dict[object, list[str]] = defaultdict(list)
     for name, record in tensors.items():
-        if record.is_whole and len(record.shape) >= 2:
-            groups[record.digest].append(name)
+        if record.frozen and len(record.shape) >= 2:
+            groups[record.digest, None if record.rows is None else (record.rows.start, record.rows.stop)].append(name)
     return tuple(tuple(names) for names in groups.values() if len(names) > 1)
 
 

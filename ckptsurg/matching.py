@@ -95,8 +95,13 @@ class Names:
             return self._regex(pattern.removeprefix("re:"))
         steps = parse(pattern)
         selected = self._select(steps)
-        by_path = not selected.any() and self._layers and _is_a_path(steps)
-        return self._select_by_path(steps) if by_path else selected
+        if not self._layers or not _is_a_path(steps):
+            return selected
+        if not selected.any():
+            return self._select_by_path(steps)
+        if _slices_layers(steps) and not np.array_equal(selected, self._select_by_path(steps)):
+            raise PatternError("a layer is called layers, and the model has layers in an order; name those you mean")
+        return selected
 
     def _select_by_path(self, steps: Sequence[Step]) -> BoolArray:
         """The names of tensors that stand where the steps lead."""
@@ -322,8 +327,10 @@ class Names:
 
 def _is_a_path(steps: Sequence[Step]) -> bool:
     """Whether steps speak of a model's layers by their order, or name a model: ``base.layers[:-5]``, ``base``."""
-    if all(isinstance(step, Segment) and not step.is_glob for step in steps):
-        return True
+    return _slices_layers(steps) or all(isinstance(step, Segment) and not step.is_glob for step in steps)
+
+
+def _slices_layers(steps: Sequence[Step]) -> bool:
     return any(
         isinstance(step, Segment) and step.text == "layers" and isinstance(following, Children)
         for step, following in pairwise(steps)

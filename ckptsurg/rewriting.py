@@ -16,7 +16,7 @@ from .checkpoints import Checkpoint
 from .config import CONFIG_NAME
 from .copying import Writer
 from .describing import Recorder, base_files
-from .errors import Problem, SpecError, UsageError, system_failures
+from .errors import CheckpointError, Problem, SpecError, UsageError, system_failures
 from .initializer_arguments import Initializer
 from .initializers import Drawing, Undrawable
 from .layout import Layout, OutputFile, lay_out
@@ -26,7 +26,7 @@ from .moments import MeanRow, moments
 from .plans import Plan, PlannedTensor
 from .publishing import Staging, refuse_target, staged
 from .spec import Spec
-from .tensors import DTYPE_BITS, Buffer, refuse_foreign_dtypes
+from .tensors import DTYPE_BITS, Buffer, refuse_unstorable
 from .wording import enumerate_names, shown
 
 __all__ = ["Destination", "convert", "overlay", "rewrite"]
@@ -117,7 +117,7 @@ def _written(carrier: _Carrier, destination: Destination, progress: Progress | N
         refuse_target(out, destination.manifest_elsewhere, base, overwrite=destination.overwrite)
         beside_weights = sum(path.stat().st_size for path in others.values())
     output = carrier.plan.output
-    refuse_foreign_dtypes(base.label, {tensor.name: tensor.info for tensor in output})
+    refuse_unstorable(base.label, {tensor.name: tensor.info for tensor in output})
     single = out.name if is_file_output(out) else None
     layout = lay_out(output, base, single=single, max_shard_size=destination.max_shard_size)
     for warning in layout.warnings:
@@ -199,6 +199,7 @@ class _Carrier:
     def write(self, file: OutputFile, descriptor: int, meter: Meter) -> None:
         writer = Writer(descriptor, self.base.label, meter.advance)
         writer.write_new([file.header])
+        end = writer.position
         for tensor in file.tensors:
             recorder = Recorder(tensor, self._algorithm) if self._algorithm else None
             if tensor.action == "copy" and (extent := self.base.extents.get(tensor.name)) is not None:
@@ -210,6 +211,9 @@ class _Carrier:
                     self._draw(tensor, writer, recorder)
                 except Undrawable as error:
                     raise SpecError(self._spec.label, [Problem(tensor.rule or "", str(error))]) from None
+            end += tensor.info.nbytes
+            if writer.position != end:
+                raise CheckpointError(f'{self.base.label}: "{shown(tensor.name)}" was changed while it was read')
             if recorder is not None:
                 self.records[tensor.name] = recorder.record()
 

@@ -18,13 +18,14 @@ __all__ = [
     "ALGORITHMS",
     "CHUNK_BYTES",
     "DTYPE_BITS",
+    "MAX_RANK",
     "Buffer",
     "Digester",
     "TensorInfo",
     "TensorSource",
     "algorithm_of",
     "digest_of",
-    "refuse_foreign_dtypes",
+    "refuse_unstorable",
     "row_span",
     "section",
     "sections",
@@ -35,6 +36,9 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 #: How much of a tensor is in memory at a time, in bytes. A multiple of every element size,
 #: three-byte groups of F6 included, so that a chunk never ends inside an element.
 CHUNK_BYTES = 3 << 20
+
+#: How many dimensions a tensor may have.
+MAX_RANK = 64
 
 #: Bits per element of every dtype of the safetensors format, by the format's own names
 #: (``Dtype::bitsize`` in safetensors/src/tensor.rs, 0.6 and later).
@@ -116,11 +120,27 @@ class TensorSource(Protocol):
         """
 
 
-def refuse_foreign_dtypes(label: str, tensors: Mapping[str, TensorInfo]) -> None:
-    """Raise UsageError, naming the first tensor whose dtype safetensors does not have."""
+def refuse_unstorable(label: str, tensors: Mapping[str, TensorInfo]) -> None:
+    """Raise UsageError, naming the first tensor whose name, dtype or shape a safetensors file cannot have."""
     for name, info in tensors.items():
-        if info.dtype not in DTYPE_BITS:
-            raise UsageError(f'{label}: "{shown(name)}" is {info.dtype}, which safetensors does not have')
+        if reason := _unstorable(name, info):
+            raise UsageError(f'{label}: "{shown(name)}" {reason}')
+
+
+def _unstorable(name: object, info: TensorInfo) -> str | None:
+    if not isinstance(name, str):
+        return f"is the name of a tensor, and no text but {type(name).__name__}"
+    if info.dtype not in DTYPE_BITS:
+        return f"is {info.dtype}, which safetensors does not have"
+    if len(info.shape) > MAX_RANK:
+        return f"has {len(info.shape)} dimensions; {MAX_RANK} are allowed"
+    if name == "__metadata__":
+        return "is no name for a tensor: the format uses it"
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return "has a name that is no Unicode: a surrogate stands alone"
+    return None
 
 
 class _Hash(Protocol):

@@ -12,7 +12,7 @@ from .metering import Meter, Progress
 from .renaming import Renaming, align, common_prefix, renamed, unwrapped
 from .report import Difference, DiffReport, Report
 from .settling import Evidence, with_causes
-from .tensors import DTYPE_BITS, Buffer, TensorInfo, TensorSource, algorithm_of, digest_of, refuse_foreign_dtypes
+from .tensors import DTYPE_BITS, Buffer, TensorInfo, TensorSource, algorithm_of, digest_of, refuse_unstorable
 from .traits import FLOATS, Traits
 from .wording import shown
 
@@ -303,7 +303,7 @@ def diff(a: TensorSource, b: TensorSource, *, progress: Progress | None = None) 
         SystemFailure: if one of them cannot be read.
     """
     for source in (a, b):
-        refuse_foreign_dtypes(source.label, source.tensors)
+        refuse_unstorable(source.label, source.tensors)
     meter = Meter(sum(info.nbytes for name, info in a.tensors.items() if b.tensors.get(name) == info), progress)
     differences: list[Difference] = []
     traits: dict[str, Traits] = {}

@@ -624,3 +624,21 @@ def test_a_new_shape_without_an_edit_of_the_config_is_noted(tmp_path):
     for name in ("classifier.weight", "classifier.bias"):
         after = model.state_dict()[name]
         assert _bytes(after[:3]) == _bytes(before[name][:3]) and _bytes(after[3:]) != _bytes(before[name][3:])
+
+
+def test_tied_tensors_whose_old_rows_are_frozen_may_be_saved_once(tmp_path):
+    weight = torch.randn(5, 3)
+    base = {"embed.weight": weight, "head.weight": weight.clone()}
+    spec = {
+        "version": 1,
+        "freeze": {"match": "{embed,head}", "rows": "[:5]"},
+        "reinit": [{"match": "{embed,head}", "shape": {0: 7}, "keep": True, "init": "mean"}],
+    }
+    manifest = ckptsurg.rewrite(spec, base, tmp_path / "out")
+    assert manifest.tied == (("embed.weight", "head.weight"),)
+    trained = load_file(tmp_path / "out" / "model.safetensors")["embed.weight"]
+    trained[5:] += 1
+    assert ckptsurg.verify(manifest, {"embed.weight": trained}).ok
+    trained[0, 0] += 1
+    drifted = ckptsurg.verify(manifest, {"embed.weight": trained}).drifted
+    assert [(one.name, one.verdict) for one in drifted] == [("embed.weight", "changed"), ("head.weight", "missing")]

@@ -13,6 +13,7 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,8 @@ NO_STATE_DICTS: dict[str, tuple[Any, str]] = {
     "no-tensor": ({"epoch": 3, "lr": 0.1}, "holds no tensor; found: epoch (int), lr (float)"),
     "two": ({"model": WEIGHTS, "state_dict": WEIGHTS}, "holds several state dicts: state_dict, model; which one is"),
     "unknown-keys": ({"net": WEIGHTS, "ema": WEIGHTS, "epoch": 1}, "found them under: net, ema"),
-    "unknown-key": ({"net": WEIGHTS}, "neither the top nor state_dict, model, model_state_dict holds tensors"),
+    "deep": (reduce(lambda inner, _: {"a": inner}, range(9), WEIGHTS), "dictionaries in dictionaries, 8 deep"),
+    "odd-key": ({"w": torch.ones(2), ((((1,),),),): 1}, "a key that is neither text nor a number"),
     "number-as-name": ({1: torch.ones(2)}, "the name of a tensor must be text, found int 1"),
     "reserved-name": ({"__metadata__": torch.ones(2)}, 'tensor "__metadata__": safetensors has no tensor of that name'),
     "surrogate-name": ({"a\ud800": torch.ones(2)}, r'tensor "a\ud800": the name has a lone surrogate'),
@@ -245,6 +247,23 @@ NO_STATE_DICTS: dict[str, tuple[Any, str]] = {
     "whole-model": (nn.Linear(2, 2), "holds torch.nn.modules.linear.Linear, which could run code as it is loaded; only "
                     "weights and plain data are read (hint: of a whole model, save its state_dict() instead"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_the_one_dictionary_of_tensors_is_taken_and_named(tmp_path, container):
+    torch.save({"net": WEIGHTS, "epoch": 1}, tmp_path / "a.pth", **CONTAINERS[container])
+    with ckptsurg.open_checkpoint(tmp_path / "a.pth") as opened:
+        assert opened.tensors.keys() == WEIGHTS.keys()
+        assert [said for said in opened.warnings if 'only the tensors of "net" are read; left out: epoch (int)' in said]
+
+
+def test_a_storage_is_never_read_past_its_end(tmp_path):
+    """Mapped, it would be: the next member of the archive would pass for weights."""
+    torch.save({"a": torch.ones(3), "b": torch.zeros(3)}, tmp_path / "a.pth")
+    with zipfile.ZipFile(tmp_path / "a.pth") as archive, zipfile.ZipFile(tmp_path / "short.pth", "w") as short:
+        for member in archive.namelist():
+            short.writestr(member, archive.read(member)[: 4 if member.endswith("data/0") else None])
+    assert "the storage 0 has 4 bytes, expected 12" in refusal(tmp_path / "short.pth")
 
 
 @pytest.mark.parametrize("container", CONTAINERS)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..checkpoints import open_regular
 from ..errors import CheckpointError, UsageError
 from ..frameworks.importing import import_torch
 from ..wording import shown
 from .indexes import refuse_outside
+from .pickles import CarefulUnpickler
 from .saved_by_torch import reading
 
 if TYPE_CHECKING:
@@ -47,7 +49,10 @@ def read_metadata(folder: Path, label: str) -> Metadata:
     descriptor, _ = open_regular(path.resolve())
     label = shown(path)
     with open(descriptor, "rb") as file, reading(label):  # noqa: PTH123 - of a descriptor
-        metadata = _MetadataUnpickler(file, classes).load()
+        try:
+            metadata = _MetadataUnpickler(file, classes).load()
+        except MemoryError:  # a length that was changed
+            raise malformed(label, "it cannot be that long") from None
         _refuse_malformed(metadata, label)
     found: Metadata = metadata
     return found
@@ -89,18 +94,13 @@ def _refuse_malformed(metadata: Any, label: str) -> None:
             raise malformed(label, "storage_data")
 
 
-class _MetadataUnpickler(pickle._Unpickler):
-    """An unpickler that knows the classes of the metadata, and runs nothing but their construction.
-
-    It builds on the one in Python, which lets itself be kept from altering those classes.
-    """
+class _MetadataUnpickler(CarefulUnpickler):
+    """An unpickler that knows the classes of the metadata, and runs nothing but their construction."""
 
     def __init__(self, file: BinaryIO, classes: Mapping[tuple[str, str], Any]) -> None:
         super().__init__(file)
         self._classes = classes
-
-    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
-    stack: list[Any]
+        self._index = classes["torch.distributed.checkpoint.metadata", "MetadataIndex"]
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -108,12 +108,15 @@ class _MetadataUnpickler(pickle._Unpickler):
         except KeyError:
             raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {module}.{name}") from None
 
-    def load_build(self) -> None:
-        if isinstance(self.stack[-2], type):
-            raise pickle.UnpicklingError("a class would be altered")
-        super().load_build()  # type: ignore[misc]  # typeshed has it not
+    def is_plain(self, key: object) -> bool:
+        if type(key) is not self._index:
+            return super().is_plain(key)
+        state: dict[str, Any] = vars(key)
+        offset = state.get("offset")
+        return type(state.get("fqn")) is str and (offset is None or all(type(one) is int for one in offset))
 
-    dispatch[pickle.BUILD[0]] = load_build
+    def may_be_built(self, one: object) -> bool:
+        return is_dataclass(one) and not isinstance(one, type)
 
 
 @cache

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import CheckpointError, CkptsurgError
 from ..wording import shown
+from .expanding import refuse_expanding
 
 if TYPE_CHECKING:
     import h5py
@@ -23,10 +24,6 @@ __all__ = ["BUILDER_HINT", "examined", "malformed", "refuse_reordered", "said"]
 _CONFIG_NAME, _WEIGHTS_NAME = "config.json", "model.weights.h5"
 #: Of a model's configuration, in bytes; that of the largest models has some millions.
 MAX_CONFIG_BYTES = 100_000_000
-#: From so many bytes on, a part of a file may not be ``MAX_EXPANSION`` times as large as what is stored of it. Keras
-#: compresses nothing; its own limit begins at 4 GiB.
-EXPANSION_FLOOR = 1 << 26
-MAX_EXPANSION = 1000
 #: Where Keras has what models are made of. A configuration can name any function of Keras, and Keras calls it while it
 #: builds the model: those of ``keras.datasets`` and ``keras.applications`` fetch files, ``keras.config`` is global.
 _MODELLING = frozenset({
@@ -84,8 +81,8 @@ def _refuse_name(path: Path, label: str, what: str, *endings: str, but: str | No
 def _examine_archive(archive: zipfile.ZipFile, label: str, *, built: bool) -> None:
     import h5py
 
-    for member in archive.infolist():
-        _refuse_expanding(label, member.filename, member.file_size, member.compress_size)
+    members = archive.infolist()
+    refuse_expanding(label, sum(one.file_size for one in members), sum(one.compress_size for one in members))
     names = archive.namelist()
     for name in (_CONFIG_NAME, _WEIGHTS_NAME):
         if name not in names:
@@ -101,6 +98,7 @@ def _examine_hdf5(file: h5py.File, label: str) -> None:
     """Refuse what would have HDF5 read another file, or give out far more than there is."""
     import h5py
 
+    declared = stored = 0
     links: list[tuple[str, object]] = []
     file.visititems_links(lambda name, link: links.append((name, link)))
     for name, link in links:
@@ -111,14 +109,8 @@ def _examine_hdf5(file: h5py.File, label: str) -> None:
             continue
         if one.external or one.is_virtual:
             raise CheckpointError(f'{label}: "{shown(name)}" has its values in other files; Keras writes no such')
-        _refuse_expanding(label, name, one.nbytes, one.id.get_storage_size())
-
-
-def _refuse_expanding(label: str, name: str, declared: int, stored: int) -> None:
-    if declared > max(EXPANSION_FLOOR, MAX_EXPANSION * stored):
-        raise CheckpointError(
-            f'{label}: "{shown(name)}" would take {declared:,} bytes, and {stored:,} are stored; it is no model\'s'
-        )
+        declared, stored = declared + one.nbytes, stored + one.id.get_storage_size()
+    refuse_expanding(label, declared, stored)
 
 
 def _examine_config(config: str | bytes, label: str) -> None:

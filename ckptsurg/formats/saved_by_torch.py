@@ -22,6 +22,7 @@ __all__ = ["STATE_DICT_KEYS", "StateDict", "UnchangedFiles", "find_state_dict", 
 #: The keys under which training code keeps a state dict beside what else it saves.
 STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict")
 _LISTED = 8
+_DEEPEST = 8
 
 T = TypeVar("T")
 
@@ -45,7 +46,8 @@ class StateDict(Generic[T]):
 def find_state_dict(saved: object, kind: type[T], label: str) -> StateDict[T]:
     """The state dict in what was saved: that itself, or what is under one of ``STATE_DICT_KEYS``.
 
-    Where all is under one other key, as in ``{"app": {"model": ..., "optimizer": ...}}``, it is looked for in there.
+    Where one other key alone holds tensors, or there is but one, as in ``{"app": {"model": ..., "optimizer": ...}}``,
+    it is looked for in there.
 
     Args:
         saved: What was saved.
@@ -63,7 +65,7 @@ def find_state_dict(saved: object, kind: type[T], label: str) -> StateDict[T]:
     left_out: list[str] = []
     place = ""
     level: Mapping[Any, Any] = saved
-    while True:
+    for _ in range(_DEEPEST):
         found = [key for key in STATE_DICT_KEYS if _holds(level.get(key), kind)]
         if len(found) > 1:
             raise CheckpointError(
@@ -71,23 +73,30 @@ def find_state_dict(saved: object, kind: type[T], label: str) -> StateDict[T]:
                 hint="save that one by itself",
             )
         if found:
-            left_out += [f"{place}{key} ({_kind(value)})" for key, value in level.items() if key != found[0]]
+            left_out += [f"{place}{shown(key, 60)} ({_kind(value)})" for key, value in level.items() if key != found[0]]
             level, place = level[found[0]], f"{place}{found[0]}."
             break
         if _holds(level, kind):
             break
-        [inner] = level.values() if len(level) == 1 else [None]
-        if not isinstance(inner, Mapping) or _holds(inner, kind):
+        holding = [key for key, value in level.items() if _holds(value, kind)]
+        only = holding if len(holding) == 1 else list(level) if len(level) == 1 else []
+        inner = level[only[0]] if only else None
+        if not isinstance(inner, Mapping):
             raise _nowhere(level, kind, label, place)
-        place = f"{place}{next(iter(level))}."
+        left_out += [f"{place}{shown(key, 60)} ({_kind(value)})" for key, value in level.items() if key != only[0]]
+        place = f"{place}{shown(only[0], 60)}."
         level = inner
-    left_out += [f"{key} ({_kind(value)})" for key, value in level.items() if not isinstance(value, kind)]
+    else:
+        raise CheckpointError(f"{label}: holds dictionaries in dictionaries, {_DEEPEST} deep, and no tensor yet")
+    left_out += [f"{shown(key, 60)} ({_kind(value)})" for key, value in level.items() if not isinstance(value, kind)]
     tensors = {key: value for key, value in level.items() if isinstance(value, kind)}
     for name in tensors:
         _refuse_name(name, label)
     where = f' of "{shown(place[:-1])}"' if place else ""
-    warnings = [f"{label}: only the tensors{where} are read; left out: {enumerate_names(left_out, _LISTED)}"]
-    return StateDict(tensors, warnings if left_out else [])
+    rest = f"; left out: {enumerate_names(left_out, _LISTED)}" if left_out else ""
+    is_usual = not place or place[:-1] in STATE_DICT_KEYS
+    warnings = [] if is_usual and not left_out else [f"{label}: only the tensors{where} are read{rest}"]
+    return StateDict(tensors, warnings)
 
 
 def _holds(value: object, kind: type[Any]) -> bool:
@@ -95,14 +104,14 @@ def _holds(value: object, kind: type[Any]) -> bool:
 
 
 def _nowhere(level: Mapping[Any, Any], kind: type[Any], label: str, place: str) -> CheckpointError:
-    nested = [f"{place}{key}" for key, value in level.items() if _holds(value, kind)]
+    nested = [f"{place}{shown(key, 60)}" for key, value in level.items() if _holds(value, kind)]
     if nested:
         return CheckpointError(
             f"{label}: neither the top nor {', '.join(STATE_DICT_KEYS)} holds tensors; "
             f"found them under: {enumerate_names(nested)}",
             hint="save the state dict that is meant by itself",
         )
-    entries = [f"{place}{key} ({_kind(value)})" for key, value in level.items()]
+    entries = [f"{place}{shown(key, 60)} ({_kind(value)})" for key, value in level.items()]
     found = f"; found: {enumerate_names(entries)}" if entries else ""
     return CheckpointError(f"{label}: holds no tensor{found}", hint="save the model's state_dict()")
 

@@ -16,7 +16,9 @@ from ..checkpoints import Checkpoint, Index, StoredFile, open_regular, open_stor
 from ..errors import CheckpointError
 from ..frameworks.importing import import_torch
 from ..wording import enumerate_names, shown
+from .expanding import refuse_expanding
 from .indexes import read_index, refuse_outside
+from .pickles import storages_in
 from .saved_by_torch import UnchangedFiles, find_state_dict, reading
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ __all__ = ["holds_archive", "open_archive", "open_archive_folder", "open_archive
 
 ARCHIVE_NAME = "pytorch_model.bin"
 ARCHIVE_INDEX_NAME = "pytorch_model.bin.index.json"
+#: In the format before ZIP: a magic number, a version, the system, what was saved, and the storages' keys.
+_OLD_PICKLES = 5
 _AGAIN = "fetch it or save it again"
 
 
@@ -157,7 +161,8 @@ def _open(path: Path, name: str, stack: ExitStack) -> _Archive:
 
     from ..frameworks.pytorch import info_of
 
-    found = find_state_dict(saved, torch.Tensor, label)
+    with reading(label):
+        found = find_state_dict(saved, torch.Tensor, label)
     for tensor_name, tensor in found.tensors.items():
         if reason := _unreadable(tensor):
             raise CheckpointError(f'{label}: "{shown(tensor_name)}" {reason}')
@@ -180,7 +185,12 @@ def _load(path: Path, file: BinaryIO, label: str) -> Any:
         warnings.simplefilter("ignore")  # of TorchScript and odd protocols; what cannot be read is an error
         if not is_zip and tarfile.is_tarfile(path):
             raise CheckpointError(f"{label}: is in the format of PyTorch 0.1", hint="save it again with torch.save")
-        mmap = is_zip and _can_be_mapped(file, label)
+        if is_zip:
+            mmap = _can_be_mapped(file, label)
+        else:
+            mmap = False
+            file.seek(0)
+            storages_in(file, _OLD_PICKLES)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
@@ -194,18 +204,31 @@ def _refuse_other(prefix: bytes, label: str) -> None:
 def _can_be_mapped(file: BinaryIO, label: str) -> bool:
     """Whether the tensors of a ZIP archive lie in it as they are: nobody packed it again with compression."""
     try:
-        members = zipfile.ZipFile(file).infolist()
+        archive = zipfile.ZipFile(file)
     except zipfile.BadZipFile:
         raise CheckpointError(f"{label}: the archive is damaged or cut short", hint=_AGAIN) from None
-    names = {member.filename.partition("/")[2] for member in members}
-    if "constants.pkl" in names:
+    members = {member.filename.partition("/")[2]: member for member in archive.infolist()}
+    if "constants.pkl" in members:
         raise CheckpointError(
             f"{label}: is a TorchScript archive, which holds code",
             hint="torch.save(torch.jit.load(...).state_dict(), ...) saves its weights",
         )
-    if "data.pkl" not in names:
+    if "data.pkl" not in members:
         raise CheckpointError(f"{label}: is a ZIP archive, but none of torch.save", hint=_AGAIN)
-    return all(member.compress_type == zipfile.ZIP_STORED for member in members)
+    if len(members) < len(archive.infolist()):
+        raise CheckpointError(f"{label}: two members of the archive have one name", hint=_AGAIN)
+    refuse_expanding(
+        label, sum(one.file_size for one in members.values()), sum(one.compress_size for one in members.values())
+    )
+    # Mapped, a storage is cut out of the file by the size that the pickle gives it, whatever member it reaches into.
+    sizes = storages_in(archive.read(members["data.pkl"]))
+    for key, size in (sizes or {}).items():
+        found = members[f"data/{key}"].file_size if f"data/{key}" in members else None
+        if size is not None and size != found:
+            said = "is not there" if found is None else f"has {found:,} bytes, expected {size:,}"
+            raise CheckpointError(f"{label}: is damaged: the storage {shown(key)} {said}", hint=_AGAIN)
+    is_stored = all(member.compress_type == zipfile.ZIP_STORED for member in members.values())
+    return is_stored and sizes is not None and None not in sizes.values()
 
 
 def _unreadable(tensor: torch.Tensor) -> str | None:
@@ -213,17 +236,14 @@ def _unreadable(tensor: torch.Tensor) -> str | None:
 
     if as_dtensor(tensor) is not None:
         return "is a DTensor, of which each process has a piece; save with torch.distributed.checkpoint"
-    if tensor.is_nested:
-        return "is a nested tensor; only dense tensors are compared"
     return unreadable(tensor)
 
 
 def _tied(tensors: Mapping[str, torch.Tensor]) -> list[list[str]]:
     """Names of tensors that are the same bytes of the archive."""
-    spans: dict[tuple[int, int], list[str]] = {}
+    spans: dict[object, list[str]] = {}
     for name, tensor in tensors.items():
         if tensor.numel():
-            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            begin = tensor.data_ptr()
-            spans.setdefault((begin, begin + (last + 1) * tensor.element_size()), []).append(name)
+            place = tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+            spans.setdefault(place, []).append(name)
     return [names for names in spans.values() if len(names) > 1]

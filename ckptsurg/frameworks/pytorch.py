@@ -74,6 +74,8 @@ def info_of(tensor: torch.Tensor) -> TensorInfo:
     """Dtype and shape; of a sharded tensor, those of the whole."""
     if is_lazy(tensor):
         return TensorInfo("lazy", ())
+    if tensor.is_nested:
+        return TensorInfo("nested", ())
     return TensorInfo(_DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
 
 
@@ -123,6 +125,8 @@ def unreadable(tensor: torch.Tensor) -> str | None:
     """Why a tensor has no bytes to compare; None if it has."""
     if is_lazy(tensor):
         return "is lazy: it has no shape yet; run a forward pass first"
+    if tensor.is_nested:
+        return "is a nested tensor; only dense tensors are compared"
     if tensor.is_meta:
         return "is on the meta device: it has no values yet; load the weights first"
     if tensor.is_quantized:

@@ -11,6 +11,7 @@
 #include <iostream>
 #include <memory>
 #include <optional>
+#include <tuple>
 
 #include "safetensors.hpp"
 
@@ -58,7 +59,12 @@ struct Record {
     std::optional<Rows> rows;  // the frozen part, where the rest trains
 
     /// Whether a saver may have left it out because another name has the same tensor.
-    bool may_be_tied() const { return frozen && !rows && shape.size() >= 2; }
+    bool may_be_tied() const { return frozen && shape.size() >= 2; }
+
+    /// What it has in common with those that may be one with it: its bits, and the rows that are frozen.
+    std::tuple<std::string, std::uint64_t, std::uint64_t> group() const {
+        return {digest, rows ? rows->start : 0, rows ? rows->stop : 0};
+    }
 };
 
 using Records = std::map<std::string, Record>;
@@ -103,7 +109,10 @@ std::string root_of(const Records& records, bool only_frozen) {
 }
 
 Records read_manifest(const std::string& path) try {
+    static const std::set<std::string> known{"version",     "tool",   "spec",    "base", "root",
+                                             "frozen_root", "counts", "tensors", "tied", "dropped"};
     const json manifest = safetensors::parse_file(path);
+    for (const auto& item : manifest.items()) require(known.count(item.key()) == 1, "unknown key " + quoted(item.key()));
     require(safetensors::numbers(json::array({manifest.at("version")})) == Shape{1}, "a version that is not known");
     Records records;
     for (const auto& item : manifest.at("tensors").get_ref<const json::object_t&>())
@@ -141,7 +150,7 @@ std::string verdict_on(const Record& record, const Tensor& tensor) {
 
 bool verify(const Records& records, const safetensors::Checkpoint& trained) {
     std::vector<std::pair<std::string, std::string>> differences;  // name and verdict
-    std::set<std::string> proven;  // digests of tensors that may be tied, and are there unchanged
+    std::set<decltype(Record().group())> proven;  // groups of which a tensor is there unchanged
     std::size_t frozen = 0;
     for (const auto& [name, record] : records) {
         if (!record.frozen) continue;
@@ -149,11 +158,11 @@ bool verify(const Records& records, const safetensors::Checkpoint& trained) {
         const auto found = trained.find(name);
         const std::string verdict = found == trained.end() ? "missing" : verdict_on(record, found->second);
         if (!verdict.empty()) differences.emplace_back(name, verdict);
-        else if (record.may_be_tied()) proven.insert(record.digest);
+        else if (record.may_be_tied()) proven.insert(record.group());
     }
     const auto has_twin = [&](const auto& difference) {
         const Record& record = records.at(difference.first);
-        return difference.second == "missing" && record.may_be_tied() && proven.count(record.digest) == 1;
+        return difference.second == "missing" && record.may_be_tied() && proven.count(record.group()) == 1;
     };
     differences.erase(std::remove_if(differences.begin(), differences.end(), has_twin), differences.end());
 
