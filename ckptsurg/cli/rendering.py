@@ -275,9 +275,8 @@ def show_report(report: Report, *, exact: bool = False) -> None:
     if any(difference.verdict == "changed" and difference.detail is None for difference in failed):
         hints.add("--baseline CKPT, the published output, shows where tensors differ and by how much")
     elif any(difference.verdict == "changed" and difference.cause is None for difference in failed):
-        hints.add(
-            "files alone do not settle why; ckptsurg.watch(model, manifest=...) around the training sees more, as FreezeCallback does with Keras"
-        )
+        watching = "ckptsurg.watch(model, manifest=...) around the training sees more, with Keras FreezeCallback"
+        hints.add(f"files alone do not settle why; {watching}")
     for hint in sorted(hints):
         console.print(f"hint: {hint}", soft_wrap=not console.is_terminal)
     listed = (
