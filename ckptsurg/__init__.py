@@ -4,7 +4,8 @@ Data flows one way; each module knows only those further down in its line or bel
 
     cli, pytest_plugin           arguments in, rendering out
     testing                      assertions for tests
-    api, coercing                the public functions; paths or objects taken alike
+    training                     the public functions on live models
+    api, coercing                those on checkpoints; paths or objects taken alike
     formats, integrations        how files, and how live models, become named tensors
       frameworks                     what torch and Keras hold in memory
     rewriting, verifying         carry a plan out; prove that frozen tensors have their bits
@@ -28,13 +29,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import convert as convert
     from .api import diff as diff
-    from .api import freeze as freeze
     from .api import inspect as inspect
     from .api import make_manifest as make_manifest
     from .api import plan as plan
     from .api import rewrite as rewrite
     from .api import verify as verify
-    from .api import watch as watch
     from .api import write_manifest as write_manifest
     from .errors import CheckpointError as CheckpointError
     from .errors import CkptsurgError as CkptsurgError
@@ -53,6 +52,8 @@ if TYPE_CHECKING:
     from .report import Report as Report
     from .spec import Spec as Spec
     from .spec import load_spec as load_spec
+    from .training import freeze as freeze
+    from .training import watch as watch
 
 _HOMES = {
     "CheckpointError": "errors",
@@ -71,7 +72,7 @@ _HOMES = {
     "UsageError": "errors",
     "convert": "api",
     "diff": "api",
-    "freeze": "api",
+    "freeze": "training",
     "inspect": "api",
     "load_manifest": "manifest",
     "load_spec": "spec",
@@ -80,7 +81,7 @@ _HOMES = {
     "plan": "api",
     "rewrite": "api",
     "verify": "api",
-    "watch": "api",
+    "watch": "training",
     "write_manifest": "api",
 }
 

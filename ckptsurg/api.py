@@ -1,4 +1,4 @@
-"""The public functions: paths or objects in, one call of the library, a document out."""
+"""The public functions on checkpoints: paths or objects in, one call of the library, a document out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -25,7 +25,6 @@ from .coercing import (
     as_spec_or_patterns,
     as_target,
     checkpoint_of,
-    is_keras,
     is_model,
     tensors_of,
 )
@@ -47,19 +46,11 @@ from .report import DiffReport, Report
 from .spec import Spec, load_spec
 from .wording import enumerate_names, shown
 
-if TYPE_CHECKING:
-    import keras
-    import torch
-
-    from .integrations.keras import FrozenModel as FrozenKerasModel
-    from .integrations.pytorch import FrozenModel, Watch
-
 _log = logging.getLogger("ckptsurg")
 
 __all__ = [
     "convert",
     "diff",
-    "freeze",
     "inspect",
     "load_manifest",
     "load_names",
@@ -69,7 +60,6 @@ __all__ = [
     "rewrite",
     "schema",
     "verify",
-    "watch",
     "write_manifest",
 ]
 
@@ -346,93 +336,6 @@ def diff(a: TensorsLike, b: TensorsLike, *, progress: Progress | None = None) ->
     """
     with tensors_of(a) as one, tensors_of(b) as other:
         return verifying.diff(one, other, progress=progress)
-
-
-@overload
-def freeze(
-    model: torch.nn.Module,
-    manifest: ManifestLike,
-    names: Renaming | None = None,
-    extra: Literal["keep", "error"] = "keep",
-    *,
-    allow_widened: bool = False,
-) -> FrozenModel: ...
-
-
-@overload
-def freeze(
-    model: keras.Layer,
-    manifest: ManifestLike,
-    names: Renaming | None = None,
-    extra: Literal["keep", "error"] = "keep",
-    *,
-    allow_widened: bool = False,
-) -> FrozenKerasModel: ...
-
-
-def freeze(
-    model: torch.nn.Module | keras.Layer,
-    manifest: ManifestLike,
-    names: Renaming | None = None,
-    extra: Literal["keep", "error"] = "keep",
-    *,
-    allow_widened: bool = False,
-) -> FrozenModel | FrozenKerasModel:
-    """Make a live model obey a manifest.
-
-    See ``ckptsurg.integrations.pytorch.freeze``, and for models of Keras ``ckptsurg.integrations.keras.freeze``.
-
-    Raises:
-        FreezeError: if the model does not hold what the manifest freezes; it is unchanged then.
-        ManifestError: if the manifest is not valid, or nothing in it is frozen.
-        UsageError: if names do not fit.
-    """
-    if is_keras(model):
-        from .integrations.keras import freeze as freeze_keras
-
-        return freeze_keras(model, as_manifest(manifest), names, extra, allow_widened=allow_widened)
-    if not is_model(model):
-        raise UsageError(f"expected a model of torch or Keras, found {shown(type(model).__name__)}")
-    from .integrations import pytorch
-
-    return pytorch.freeze(model, as_manifest(manifest), names, extra, allow_widened=allow_widened)
-
-
-def watch(
-    model: torch.nn.Module,
-    freeze: str | Iterable[str | Mapping[str, Any]] | None = None,
-    *,
-    manifest: ManifestLike | None = None,
-    names: Renaming | None = None,
-    expect_trained: bool = False,
-) -> Watch:
-    """Watch a model that other code freezes, without changing it; use it in a ``with``.
-
-    At the end every frozen tensor has its bits, or FrozenWeightsChanged says which has not, where, and why.
-
-    Args:
-        model: The model.
-        freeze: Patterns of what must not move, over the model's own names; ``["**", "!fc"]``.
-        manifest: Instead of patterns, a manifest or its path.
-        names: From the model's names to the manifest's, where they differ.
-        expect_trained: Whether each trainable tensor has to move.
-
-    Raises:
-        SpecError: if the patterns do not fit.
-        ManifestError: if the manifest is not valid, or nothing in it is frozen.
-        UsageError: if both or neither of patterns and manifest are given.
-    """
-    if is_keras(model):
-        hint = "ckptsurg.integrations.keras.FreezeCallback watches its fit"
-        raise UsageError("expected a model of torch, found one of Keras", hint=hint)
-    if not is_model(model):
-        raise UsageError(f"expected a model of torch, found {shown(type(model).__name__)}")
-    if (freeze is None) == (manifest is None):
-        raise UsageError("give either patterns of what is frozen, or a manifest")
-    document = as_manifest(manifest) if manifest is not None else make_manifest(freeze or (), model)
-    from .integrations.pytorch import Watch
-
-    return Watch(model, document, names, expect_trained=expect_trained)
 
 
 def _companions(base: Checkpoint, out: Path, *, keep_other_weights: bool) -> dict[str, Path]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from . import api
+from . import api, training
 from .causes import explained
 from .coercing import ManifestLike, TensorsLike, is_model
 from .errors import CkptsurgError, FrozenWeightsChanged, UsageError
@@ -90,7 +90,7 @@ class frozen_weights:  # noqa: N801 - it reads as a function, and is used as one
         __tracebackhide__ = True
         self.entered = False
         with _ending_here():
-            self._watch = api.watch(model, freeze, manifest=manifest, names=names, expect_trained=expect_trained)
+            self._watch = training.watch(model, freeze, manifest=manifest, names=names, expect_trained=expect_trained)
 
     @property
     def report(self) -> Report | None:

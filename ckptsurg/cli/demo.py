@@ -15,7 +15,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from .. import api
+from .. import api, training
 from ..errors import CkptsurgError, UsageError
 from ..wording import shown
 from . import rendering
@@ -130,7 +130,7 @@ def run(folder: Path, *, as_json: bool = False) -> None:
         good = folder / "trained.safetensors"
         model = Digits()
         model.load_state_dict(safetensors.torch.load_file(out / "model.safetensors"))
-        frozen = api.freeze(model, manifest)
+        frozen = training.freeze(model, manifest)
         accuracy = _train(model, frozen.trainable_parameters(), _split(5), epochs=12)
         safetensors.torch.save_file(model.state_dict(), good, {"format": "pt"})
         say(f"   {accuracy:.1%} of the test images are right\n")
