@@ -234,7 +234,7 @@ def show_converted(inspection: Inspection, out: Path) -> None:
     console.print(f"published    {shown(out)}", soft_wrap=True)
     total = sum(info.nbytes for info in inspection.infos.values())
     files = counted(len(inspection.files), "file")
-    console.print(f"tensors      {counted(len(inspection.tensors))}, {size(total)} in {files}")
+    console.print(f"content      {counted(len(inspection.tensors))}, {size(total)} in {files}")
 
 
 def show_manifest(manifest: Manifest, out: Path | None, manifest_at: Path | None) -> None:
@@ -248,7 +248,7 @@ def show_manifest(manifest: Manifest, out: Path | None, manifest_at: Path | None
     console = _console()
     if out is not None:
         console.print(f"published    {shown(out)}", soft_wrap=True)
-    console.print(f"tensors      {counted(len(manifest.tensors))}, {size(total)}: {said}")
+    console.print(f"content      {counted(len(manifest.tensors))}, {size(total)}: {said}")
     place = manifest_at or (manifest_path(out) if out is not None else None)
     console.print(f"manifest     {shown(place)}", soft_wrap=True)
     console.print(f"root         {manifest.root}", soft_wrap=True)
