@@ -404,7 +404,7 @@ def test_a_file_that_would_read_others_or_unpack_without_end_is_refused(trick, n
 def test_an_archive_that_unpacks_without_end_is_refused(tmp_path):
     build().save(tmp_path / "model.keras")
     repacked(tmp_path / "model.keras", lambda members: members.update({"assets/zeros": bytes(300_000_000)}))
-    with pytest.raises(ckptsurg.CheckpointError, match=r'would take 300,0[0-9,]+ bytes, and [0-9,]+ are stored'):
+    with pytest.raises(ckptsurg.CheckpointError, match=r"would take 300,0[0-9,]+ bytes, and [0-9,]+ are stored"):
         ckptsurg.open_checkpoint(tmp_path / "model.keras")
 
 
