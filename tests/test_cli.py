@@ -261,6 +261,10 @@ def test_every_error_has_an_exit_code_of_its_own_kind():
     assert set(codes.values()) == {1, 2, 3, 4} and 0 not in codes.values()
 
 
+#: A shell starts what it puts in the background so that it ignores SIGINT, and so do its children.
+HEEDING = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_leave_nothing(tmp_path, number, code):
     size = 3 * 10**9  # sparse: enough to be caught in the middle
@@ -270,7 +274,8 @@ def test_signals_leave_nothing(tmp_path, number, code):
         file.truncate(8 + len(header) + size)
     (tmp_path / "spec.yaml").write_text("version: 1\n")
     command = [sys.executable, "-m", "ckptsurg", "rewrite", "spec.yaml", "base.safetensors", "-o", "out"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    heeded = [sys.executable, "-c", HEEDING, *command]
+    process = subprocess.Popen(heeded, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 30
     while not list(tmp_path.glob(".out.*/model.safetensors")) and time.monotonic() < deadline:
         time.sleep(0.01)
