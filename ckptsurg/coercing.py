@@ -18,7 +18,8 @@ from .errors import SpecError, UsageError
 from .formats import NO_MODEL, is_keras_file, open_checkpoint, open_trained
 from .formats.saved_by_torch import STATE_DICT_KEYS
 from .frameworks.importing import import_keras
-from .manifest import Manifest, load_manifest
+from .integrations import arguments
+from .manifest import Manifest
 from .parsing import Text, read_text
 from .spec import Spec
 from .tensors import ALGORITHMS, TensorSource
@@ -109,13 +110,7 @@ def _is_file(text: str) -> bool:
 
 
 def as_manifest(given: ManifestLike) -> Manifest:
-    if isinstance(given, Manifest):
-        return given
-    if not isinstance(given, str | os.PathLike):
-        kind = shown(type(given).__name__)
-        hint = "make_manifest(patterns, model) makes one"
-        raise UsageError(f"expected a manifest or its path, found {kind}", hint=hint)
-    return load_manifest(as_path(given))
+    return arguments.as_manifest(as_path(given) if isinstance(given, str | os.PathLike) else given)
 
 
 def as_builder(given: str) -> Callable[[], Any]:

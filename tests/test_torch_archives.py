@@ -776,3 +776,22 @@ def test_t1_as_written_moves_the_statistics(command, tmp_path, pretrained):
     assert {difference.name: difference.cause for difference in report.drifted} == dict.fromkeys(
         STATISTICS, "batchnorm_stats"
     )
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_plan_says_where_a_spec_parts_what_was_one_tensor(tmp_path, sharded):
+    weight = torch.randn(5, 3)
+    torch.save({"embed.weight": weight, "head.weight": weight}, tmp_path / "pytorch_model.bin")
+    base = tmp_path / "pytorch_model.bin"
+    if sharded:
+        base = tmp_path / "pytorch_model.bin.index.json"
+        weight_map = dict.fromkeys(("embed.weight", "head.weight"), "pytorch_model.bin")
+        base.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+    def parted(match: str, init: str) -> bool:
+        rule = {"match": match, "shape": {0: 7}, "keep": True, "init": init}
+        notes = ckptsurg.plan({"version": 1, "reinit": [rule]}, base).notes
+        return any("embed.weight, head.weight: one tensor in the base, and not in the output" in note for note in notes)
+
+    assert parted("embed", "mean") and parted("{embed,head}", "xavier_uniform")
+    assert not parted("{embed,head}", "mean")

@@ -15,7 +15,7 @@ from ..wording import shown
 from .distributed_metadata import METADATA_NAME, malformed, read_metadata
 from .endings import PART_OF_DISTRIBUTED
 from .indexes import allow_descriptors, refuse_outside, refuse_unsafe
-from .saved_by_torch import UnchangedFiles, find_state_dict, reading
+from .saved_by_torch import AGAIN, UnchangedFiles, find_state_dict, reading
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
@@ -200,5 +200,5 @@ def _refuse_cut_short(metadata: Metadata, files: Mapping[str, StoredFile], label
             raise CheckpointError(
                 f"{label}: {shown(file.name)} is cut short: expected at least {stored.offset + stored.length:,} bytes, "
                 f"found {file.size:,}",
-                hint="fetch it or save it again",
+                hint=AGAIN,
             )

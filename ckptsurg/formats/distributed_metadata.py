@@ -15,7 +15,7 @@ from ..frameworks.importing import import_torch
 from ..wording import shown
 from .indexes import refuse_outside
 from .pickles import CarefulUnpickler
-from .saved_by_torch import reading
+from .saved_by_torch import AGAIN, reading
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -60,7 +60,7 @@ def read_metadata(folder: Path, label: str) -> Metadata:
 
 def malformed(label: str, what: str) -> CheckpointError:
     """What is said of metadata that torch would not have written."""
-    return CheckpointError(f"{label}: the metadata is malformed: {what}", hint="fetch it or save it again")
+    return CheckpointError(f"{label}: the metadata is malformed: {what}", hint=AGAIN)
 
 
 def _refuse_malformed(metadata: Any, label: str) -> None:

@@ -14,7 +14,7 @@ from ..manifest import MANIFEST_NAME
 from ..tensors import TensorInfo
 from ..wording import enumerate_names, shown
 from . import endings
-from .indexes import read_index, refuse_outside
+from .indexes import read_index, refuse_both, refuse_outside
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "companions", "holds_safetensors", "open_folder", "open_index"]
 
@@ -36,15 +36,10 @@ def open_folder(path: Path) -> Checkpoint:
         CheckpointError: if the checkpoint is malformed, or there are both.
     """
     single, index = path / SINGLE_NAME, path / INDEX_NAME
-    has_single, has_index = os.path.lexists(single), os.path.lexists(index)
-    if has_single and has_index:
-        raise CheckpointError(
-            f"{shown(path)}: holds both {SINGLE_NAME} and {INDEX_NAME}; which one is meant?",
-            hint="give the path of the one",
-        )
-    if has_index:
+    refuse_both(single, index)
+    if os.path.lexists(index):
         return open_index(index)
-    if not has_single:
+    if not os.path.lexists(single):
         others = sorted(p.name for p in path.iterdir() if p.name.endswith(_OPENED))
         raise UsageError(
             f"{shown(path)}: no checkpoint in this folder: expected {SINGLE_NAME} or {INDEX_NAME}, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,7 @@ from ..parsing import parse_json
 from ..tensors import TensorInfo
 from ..wording import shown
 
-__all__ = ["ShardIndex", "allow_descriptors", "read_index", "refuse_outside", "refuse_unsafe"]
+__all__ = ["ShardIndex", "allow_descriptors", "read_index", "refuse_both", "refuse_outside", "refuse_unsafe"]
 
 MAX_INDEX_BYTES = 100_000_000
 
@@ -117,6 +118,15 @@ def _parse(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
     if isinstance(total, bool) or not isinstance(total, int | float):
         refuse(f"total_size must be a number, found {shown(total, 60)}")
     return metadata, weight_map
+
+
+def refuse_both(single: Path, index: Path) -> None:
+    """Raise CheckpointError if a folder holds a checkpoint in one file, and the index of one in shards."""
+    if os.path.lexists(single) and os.path.lexists(index):
+        raise CheckpointError(
+            f"{shown(single.parent)}: holds both {single.name} and {index.name}; which one is meant?",
+            hint="give the path of the one",
+        )
 
 
 def refuse_unsafe(name: str, label: str, ending: str) -> None:

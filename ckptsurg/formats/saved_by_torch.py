@@ -17,10 +17,12 @@ from ..errors import CheckpointError, CkptsurgError, SystemFailure
 from ..tensors import Buffer, TensorSource
 from ..wording import enumerate_names, shown
 
-__all__ = ["STATE_DICT_KEYS", "StateDict", "UnchangedFiles", "find_state_dict", "reading"]
+__all__ = ["AGAIN", "STATE_DICT_KEYS", "StateDict", "UnchangedFiles", "find_state_dict", "reading"]
 
 #: The keys under which training code keeps a state dict beside what else it saves.
 STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict")
+#: What to do about a damaged file.
+AGAIN = "fetch it or save it again"
 _LISTED = 8
 _DEEPEST = 8
 
@@ -161,7 +163,6 @@ class UnchangedFiles:
             file.refuse_if_changed(self.label)
 
 
-_AGAIN = "fetch it or save it again"
 _APART = "of a whole model, save its state_dict() instead; else save the weights apart from it"
 _GLOBAL = re.compile(r"(?:unsupported GLOBAL|Unsupported global: GLOBAL) (\S+)")
 
@@ -204,4 +205,4 @@ def _in_words(error: Exception, label: str) -> CkptsurgError:
         hint = "save the state_dict() with torch.save, and with no other pickle protocol than its own"
         return CheckpointError(f"{label}: is damaged, or no pickle of torch.save", hint=hint)
     reason = message.rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
-    return CheckpointError(f"{label}: is damaged: {shown(reason or type(error).__name__)}", hint=_AGAIN)
+    return CheckpointError(f"{label}: is damaged: {shown(reason or type(error).__name__)}", hint=AGAIN)

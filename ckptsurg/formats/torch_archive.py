@@ -17,9 +17,9 @@ from ..errors import CheckpointError
 from ..frameworks.importing import import_torch
 from ..wording import enumerate_names, shown
 from .expanding import refuse_expanding
-from .indexes import read_index, refuse_outside
+from .indexes import read_index, refuse_both, refuse_outside
 from .pickles import storages_in
-from .saved_by_torch import UnchangedFiles, find_state_dict, reading
+from .saved_by_torch import AGAIN, UnchangedFiles, find_state_dict, reading
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,6 @@ ARCHIVE_NAME = "pytorch_model.bin"
 ARCHIVE_INDEX_NAME = "pytorch_model.bin.index.json"
 #: In the format before ZIP: a magic number, a version, the system, what was saved, and the storages' keys.
 _OLD_PICKLES = 5
-_AGAIN = "fetch it or save it again"
 
 
 def open_archive(path: Path, folder: Path | None = None) -> Checkpoint:
@@ -80,14 +79,8 @@ def open_archive_folder(folder: Path) -> Checkpoint:
         SystemFailure: if the system cannot read it.
     """
     single, index = folder / ARCHIVE_NAME, folder / ARCHIVE_INDEX_NAME
-    if not os.path.lexists(index):
-        return open_archive(single, folder)
-    if os.path.lexists(single):
-        raise CheckpointError(
-            f"{shown(folder)}: holds both {ARCHIVE_NAME} and {ARCHIVE_INDEX_NAME}; which one is meant?",
-            hint="give the path of the one",
-        )
-    return open_archive_index(index)
+    refuse_both(single, index)
+    return open_archive_index(index) if os.path.lexists(index) else open_archive(single, folder)
 
 
 def open_archive_index(path: Path) -> Checkpoint:
@@ -118,9 +111,10 @@ def open_archive_index(path: Path) -> Checkpoint:
             {},
             folder,
             Index(path.name, index.metadata),
-            said,
-            source,
-            homes,
+            warnings=said,
+            source=source,
+            homes=homes,
+            tied=[names for archive in archives.values() for names in archive.tied],
         )
         stack.pop_all()
     return opened
@@ -198,7 +192,7 @@ def _refuse_other(prefix: bytes, label: str) -> None:
     if prefix.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{label}: is a Git LFS pointer, not the file itself", hint="run `git lfs pull`")
     found = f"0x{prefix[:4].hex()}" if prefix else "an empty file"
-    raise CheckpointError(f"{label}: expected an archive of torch.save, found {found}", hint=_AGAIN)
+    raise CheckpointError(f"{label}: expected an archive of torch.save, found {found}", hint=AGAIN)
 
 
 def _can_be_mapped(file: BinaryIO, label: str) -> bool:
@@ -206,7 +200,7 @@ def _can_be_mapped(file: BinaryIO, label: str) -> bool:
     try:
         archive = zipfile.ZipFile(file)
     except zipfile.BadZipFile:
-        raise CheckpointError(f"{label}: the archive is damaged or cut short", hint=_AGAIN) from None
+        raise CheckpointError(f"{label}: the archive is damaged or cut short", hint=AGAIN) from None
     members = {member.filename.partition("/")[2]: member for member in archive.infolist()}
     if "constants.pkl" in members:
         raise CheckpointError(
@@ -214,9 +208,9 @@ def _can_be_mapped(file: BinaryIO, label: str) -> bool:
             hint="torch.save(torch.jit.load(...).state_dict(), ...) saves its weights",
         )
     if "data.pkl" not in members:
-        raise CheckpointError(f"{label}: is a ZIP archive, but none of torch.save", hint=_AGAIN)
+        raise CheckpointError(f"{label}: is a ZIP archive, but none of torch.save", hint=AGAIN)
     if len(members) < len(archive.infolist()):
-        raise CheckpointError(f"{label}: two members of the archive have one name", hint=_AGAIN)
+        raise CheckpointError(f"{label}: two members of the archive have one name", hint=AGAIN)
     refuse_expanding(
         label, sum(one.file_size for one in members.values()), sum(one.compress_size for one in members.values())
     )
@@ -226,7 +220,7 @@ def _can_be_mapped(file: BinaryIO, label: str) -> bool:
         found = members[f"data/{key}"].file_size if f"data/{key}" in members else None
         if size is not None and size != found:
             said = "is not there" if found is None else f"has {found:,} bytes, expected {size:,}"
-            raise CheckpointError(f"{label}: is damaged: the storage {shown(key)} {said}", hint=_AGAIN)
+            raise CheckpointError(f"{label}: is damaged: the storage {shown(key)} {said}", hint=AGAIN)
     is_stored = all(member.compress_type == zipfile.ZIP_STORED for member in members.values())
     return is_stored and sizes is not None and None not in sizes.values()
 

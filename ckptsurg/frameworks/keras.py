@@ -23,14 +23,9 @@ from ..layers import LAYERS_KEY, Layer, to_text
 from ..numpy_types import element_type
 from ..tensors import CHUNK_BYTES, Buffer, TensorInfo
 from ..wording import enumerate_names, shown
+from .dtypes import DTYPES
 
 __all__ = ["KerasVariables", "Place", "assign_bytes", "bytes_of", "info_of", "places_of"]
-
-_DTYPES = {
-    "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "uint16": "U16", "int32": "I32", "uint32": "U32",
-    "int64": "I64", "uint64": "U64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
-    "complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
-}  # fmt: skip
 
 
 class KerasVariables:
@@ -246,7 +241,7 @@ def _described(layer: keras.Layer, names: Mapping[int, str]) -> Layer:
 def info_of(variable: keras.Variable) -> TensorInfo:
     """Dtype and shape of what a variable holds; autocast does not count."""
     dtype = str(variable._dtype)
-    return TensorInfo(_DTYPES.get(dtype, dtype), tuple(int(size) for size in variable.shape))
+    return TensorInfo(DTYPES.get(dtype, dtype), tuple(int(size) for size in variable.shape))
 
 
 def bytes_of(variable: keras.Variable) -> Iterator[Buffer]:

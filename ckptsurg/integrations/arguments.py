@@ -23,7 +23,9 @@ def as_manifest(given: Manifest | str | os.PathLike[str]) -> Manifest:
         UsageError: if there is none.
     """
     if not isinstance(given, Manifest | str | os.PathLike):
-        raise UsageError(f"expected a manifest or its path, found {shown(type(given).__name__)}")
+        kind = shown(type(given).__name__)
+        hint = "make_manifest(patterns, model) makes one"
+        raise UsageError(f"expected a manifest or its path, found {kind}", hint=hint)
     return given if isinstance(given, Manifest) else load_manifest(Path(given))
 
 
