@@ -1,12 +1,18 @@
 # Two commands do everything on a fresh machine with Python 3.11 and make:
 #   make demo   runs the main job      make test   passes the tests
+# A third measures, for as long as the machine is left alone (about an hour, 25 GB of disk, 24 GB of memory):
+#   make bench  ckptsurg, its peers and `cp`, in turns, on this file system and, as root, on an XFS image; the peers
+#               have an environment of their own, and the table goes into the README, chart and runs into docs/.
+#               For less: make bench BENCH="--sizes 0.25 --rounds 3 --where ext4 --docs /tmp --readme /tmp/README.md"
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= auto
+BENCH ?=
+BENCH_VENV := build/bench-venv
 
-.PHONY: demo test test-core test-keras lint format clean
+.PHONY: demo test test-core test-keras lint format bench clean
 
 demo: $(VENV)/.installed
 	rm -rf build/demo
@@ -37,6 +43,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+bench: $(BENCH_VENV)/.installed
+	$(BENCH_VENV)/bin/python benchmarks/speed.py $(BENCH)
+
+$(BENCH_VENV)/.installed: pyproject.toml constraints.txt benchmarks/requirements-bench.txt
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-c benchmarks/requirements-bench.txt -e '.[bench]'
 	touch $@
 
 clean:

@@ -26,7 +26,7 @@ PATTERNS = [
 
 def names() -> list[str]:
     found = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
-    for layer in range(65):
+    for layer in range(66):
         for expert in range(256):
             for projection in ("gate_proj", "up_proj", "down_proj"):
                 module = f"model.layers.{layer}.mlp.experts.{expert}.{projection}"

@@ -8,15 +8,19 @@ Data flows one way; each module knows only those further down in its line or bel
     api, coercing                those on checkpoints; paths or objects taken alike
     formats, integrations        how files, and how live models, become named tensors
       frameworks                     what torch and Keras hold in memory
-    rewriting, verifying         carry a plan out; prove that frozen tensors have their bits
+    inspection, schemas          what a checkpoint holds; what each document may say
+    rewriting, verifying, diffing  carry a plan out; prove that frozen tensors have their bits
       settling, causes, traits       why a tensor moved, where the evidence settles it
-      layout, copying, publishing    where bytes go, how they are moved, how they become visible
+      layout, carrying, publishing   where bytes go, who brings them there, how they become visible
+      making, describing             tensors that are drawn; records of a manifest
+      scanning, copying              bytes are read in threads; and written, or shared
+      parallel, disk                 threads; what changes a disk
       initializers, moments, random_bits  named values, the same for good
-      comparing, renaming            two versions of a tensor; two names of one
+      comparing, baselines, renaming  two versions of a tensor; two names of one
     planning                     spec x headers -> one action for every tensor
       selectors, matching, patterns  which tensors a pattern selects; layers: where they stand in a model
       defaults                       what ``default`` draws
-    spec, plans, manifest, report    the four documents; documents and parsing read them strictly
+    spec, plans, manifest, report    the four documents; documents, reading and parsing take them strictly
     checkpoints, header          files held open, and the safetensors header
     tensors, errors, wording     what all others speak of
 """

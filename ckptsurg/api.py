@@ -1,4 +1,7 @@
-"""The public functions on checkpoints: paths or objects in, one call of the library, a document out."""
+"""The public functions on checkpoints: paths or objects in, one call of the library, a document out.
+
+Each imports its stages itself: what one needs (numpy, pydantic's models) would hold up the start of the others.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,8 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter
-
-from . import planning, rewriting, verifying
 from .checkpoints import Checkpoint
 from .coercing import (
     ManifestLike,
@@ -18,6 +18,7 @@ from .coercing import (
     SpecLike,
     TensorsLike,
     as_algorithm,
+    as_jobs,
     as_manifest,
     as_path,
     as_size,
@@ -28,23 +29,20 @@ from .coercing import (
     is_model,
     tensors_of,
 )
-from .config import CONFIG_NAME, edited_config
-from .describing import describe
 from .errors import DocumentError, Problem, SpecError, UsageError, system_failures
 from .formats import endings
 from .formats.adapter import AdapterOverBase
-from .formats.folder import companions
-from .initializer_arguments import SAME_FOR_EVERY_NAME
-from .inspection import Inspection, inspect_checkpoint
-from .manifest import Manifest, is_file_output, load_manifest
-from .metering import Progress
-from .parsing import read_text
-from .plans import Plan
-from .publishing import publish_manifest
-from .renaming import Renaming
-from .report import DiffReport, Report
-from .spec import Spec, load_spec
+from .schemas import schema
 from .wording import enumerate_names, shown
+
+if TYPE_CHECKING:
+    from .inspection import Inspection
+    from .manifest import Manifest
+    from .metering import Progress
+    from .plans import Plan
+    from .renaming import Renaming
+    from .report import DiffReport, Report
+    from .spec import Spec
 
 _log = logging.getLogger("ckptsurg")
 
@@ -52,9 +50,7 @@ __all__ = [
     "convert",
     "diff",
     "inspect",
-    "load_manifest",
     "load_names",
-    "load_spec",
     "make_manifest",
     "plan",
     "rewrite",
@@ -73,6 +69,8 @@ def inspect(ckpt: TensorsLike, patterns: Sequence[str] = ()) -> Inspection:
         CheckpointError: if it is malformed.
         SystemFailure: if it cannot be read.
     """
+    from .inspection import inspect_checkpoint
+
     with checkpoint_of(ckpt) as opened:
         return inspect_checkpoint(opened, patterns)
 
@@ -106,6 +104,9 @@ def rewrite(
     max_shard_size: int | str | None = None,
     digest: str = "blake3",
     keep_other_weights: bool = False,
+    link: bool = False,
+    trust_base_manifest: bool = False,
+    jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """Publish the checkpoint that a spec describes, and its manifest, whole or not at all.
@@ -119,14 +120,23 @@ def rewrite(
         max_shard_size: Largest size of a shard's tensors, in bytes or as ``5GB`` (10^9); None keeps the base's.
         digest: ``blake3`` or ``sha256``.
         keep_other_weights: Whether other files of weights in the base's folder come along.
-        progress: Called with the bytes written and the bytes in all.
+        link: Whether shards that stay as they are become further names of the base's own files (hard links). Whoever
+            writes to one then writes to both.
+        trust_base_manifest: Whether digests of copied tensors are taken from the manifest that the base was published
+            with, and not computed; the manifest says which.
+        jobs: How many threads read, hash and write; None for one on each processor.
+        progress: Called with the bytes done and the bytes in all.
 
     Raises:
         SpecError: if the spec is not valid or does not fit the checkpoint.
-        UsageError: if the output exists, or would touch the base.
+        UsageError: if the output exists, would touch the base, or the base has no manifest to be trusted.
         CheckpointError: if the checkpoint is malformed, or changes meanwhile.
         SystemFailure: if the system fails; nothing is published then.
     """
+    from . import rewriting
+    from .describing import inherited_records
+    from .manifest import is_file_output
+
     target = as_target(out)
     with checkpoint_of(ckpt) as base:
         document = as_spec(spec, base)
@@ -143,9 +153,19 @@ def rewrite(
             None if manifest is None else as_path(manifest),
             overwrite,
             as_size(max_shard_size),
+            link,
         )
         algorithm = as_algorithm(digest)
-        return rewriting.rewrite(document, planned, base, destination, algorithm=algorithm, progress=progress)
+        return rewriting.rewrite(
+            document,
+            planned,
+            base,
+            destination,
+            algorithm=algorithm,
+            inherited=inherited_records(base, algorithm) if trust_base_manifest else None,
+            jobs=as_jobs(jobs),
+            progress=progress,
+        )
 
 
 def convert(
@@ -155,6 +175,8 @@ def convert(
     overwrite: bool = False,
     max_shard_size: int | str | None = None,
     keep_other_weights: bool = False,
+    link: bool = False,
+    jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Inspection:
     """Publish a checkpoint as safetensors: the same tensors in another container, whole or not at all.
@@ -165,7 +187,9 @@ def convert(
         overwrite: Whether to replace a file; a folder only if it holds a manifest, which this writes none of.
         max_shard_size: Largest size of a shard's tensors, in bytes or as ``5GB`` (10^9); None keeps the shards.
         keep_other_weights: Whether other files of weights in the folder come along.
-        progress: Called with the bytes written and the bytes in all.
+        link: Whether shards that stay as they are become further names of the same files (hard links).
+        jobs: How many threads read and write; None for one on each processor.
+        progress: Called with the bytes done and the bytes in all.
 
     Returns:
         The contents of the output.
@@ -175,6 +199,9 @@ def convert(
         CheckpointError: if the checkpoint is malformed, or changes meanwhile.
         SystemFailure: if the system fails; nothing is published then.
     """
+    from . import planning, rewriting
+    from .spec import Spec
+
     target = as_target(out)
     if target.name.endswith((*endings.TORCH, *endings.KERAS)):
         raise UsageError(
@@ -183,10 +210,11 @@ def convert(
     with checkpoint_of(ckpt) as base:
         others = _companions(base, target, keep_other_weights=keep_other_weights)
         size = as_size(max_shard_size)
-        destination = rewriting.Destination(target, others, overwrite=overwrite, max_shard_size=size)
+        destination = rewriting.Destination(target, others, overwrite=overwrite, max_shard_size=size, link=link)
         for warning in base.warnings:
             _log.info("note: %s", warning)
-        rewriting.convert(planning.plan(Spec(version=1), base), base, destination, progress=progress)
+        planned = planning.plan(Spec(version=1), base)
+        rewriting.convert(planned, base, destination, jobs=as_jobs(jobs), progress=progress)
     return inspect(target)
 
 
@@ -195,6 +223,8 @@ def make_manifest(
     ckpt_or_model: TensorsLike,
     *,
     digest: str = "blake3",
+    trust_base_manifest: bool = False,
+    jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """The manifest alone, of a checkpoint or live model that is trained as it is.
@@ -204,15 +234,21 @@ def make_manifest(
             such as ``"**"`` or ``["**", "!fc"]``.
         ckpt_or_model: What is described.
         digest: ``blake3`` or ``sha256``.
+        trust_base_manifest: Whether digests are taken from the manifest that the checkpoint was published with, and
+            not computed; the manifest says which.
+        jobs: How many threads read and hash; None for one on each processor.
         progress: Called with the bytes read and the bytes in all.
 
     Raises:
         SpecError: if the spec does anything but freeze, or does not fit.
-        UsageError: if there is no spec or checkpoint at the path.
+        UsageError: if there is no spec or checkpoint at the path, or no manifest to be trusted.
         CheckpointError: if the checkpoint is malformed, or changes meanwhile.
         FreezeError: if a tensor of a live model cannot be read.
         SystemFailure: if the checkpoint cannot be read.
     """
+    from . import planning
+    from .describing import describe, inherited_records
+
     with tensors_of(ckpt_or_model) as source:
         if isinstance(source, AdapterOverBase):
             raise UsageError(f"{source.label}: an adapter alone", hint="make the manifest of its base")
@@ -224,7 +260,16 @@ def make_manifest(
         planned = planning.plan(spec, source)
         for note in planned.notes:
             _log.info("note: %s", note)
-        return describe(spec, planned, source, algorithm=as_algorithm(digest), progress=progress)
+        algorithm = as_algorithm(digest)
+        return describe(
+            spec,
+            planned,
+            source,
+            algorithm=algorithm,
+            inherited=inherited_records(source, algorithm) if trust_base_manifest else None,
+            jobs=as_jobs(jobs),
+            progress=progress,
+        )
 
 
 def verify(
@@ -238,6 +283,8 @@ def verify(
     exact: bool = False,
     allow_widened: bool | None = None,
     expect_trained: bool = False,
+    only: str | Sequence[str] | None = None,
+    jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Prove that every frozen tensor has the bits that the manifest records.
@@ -245,7 +292,9 @@ def verify(
     Args:
         manifest: What must hold.
         ckpt_or_model: What came back from training.
-        baseline: The published tensors; with them the report says where tensors differ, and by how much.
+        baseline: The published tensors; with them the report says where tensors differ, and by how much. Where both
+            are files, bytes are compared with it, and only where they differ are digests computed: whoever gives a
+            baseline vouches for it.
         names: From the trained names to the manifest's, where they differ: a mapping or a function.
         prefix: Taken off the trained names.
         root: The manifest's root or frozen root, if it is pinned.
@@ -253,14 +302,20 @@ def verify(
         allow_widened: Whether a tensor in a wider dtype with the same values is accepted; None accepts it in a live
             model and not in a file.
         expect_trained: Whether trainable tensors that did not move, or are missing, count.
+        only: Patterns over the manifest's names, as in a spec: of the others nothing is read.
+        jobs: How many threads read and hash files; None for one on each processor.
         progress: Called with the bytes read and the bytes in all.
 
     Raises:
         ManifestError: if the manifest is not valid, or nothing in it is frozen.
-        UsageError: if the root is not the manifest's, names do not fit, or the baseline is another checkpoint.
+        SpecError: if a pattern cannot be read or selects nothing.
+        UsageError: if nothing selected is frozen, the root is not the manifest's, names do not fit, or the baseline is
+            another checkpoint.
         CheckpointError: if the checkpoint is malformed.
         SystemFailure: if it cannot be read.
     """
+    from . import verifying
+
     document = as_manifest(manifest)
     if root is not None:
         verifying.check_root(document, root)
@@ -269,6 +324,14 @@ def verify(
         before = stack.enter_context(tensors_of(baseline, wanted)) if baseline is not None else None
         is_file = isinstance(trained, Checkpoint | AdapterOverBase)
         widened = not is_file if allow_widened is None else allow_widened
+        notes = [trained.note] if isinstance(trained, AdapterOverBase) else []
+        selected = None
+        if only is not None:
+            from .inspection import selected_names
+
+            patterns = [only] if isinstance(only, str) else list(only)
+            selected = selected_names(document.infos, patterns, trained.metadata)
+            notes.append(f"only {', '.join(map(shown, patterns))} was asked for")
         return verifying.verify(
             document,
             trained,
@@ -279,7 +342,9 @@ def verify(
             allow_widened=widened,
             expect_trained=expect_trained,
             saved=not is_model(ckpt_or_model),
-            note=trained.note if isinstance(trained, AdapterOverBase) else None,
+            note="; ".join(notes) or None,
+            only=selected,
+            jobs=as_jobs(jobs),
             progress=progress,
         )
 
@@ -291,6 +356,8 @@ def write_manifest(manifest: Manifest, path: PathLike, *, overwrite: bool = Fals
         UsageError: if the path exists and is not to be overwritten, or holds anything but a manifest.
         SystemFailure: if the system fails; nothing is published then.
     """
+    from .publishing import publish_manifest
+
     publish_manifest(manifest.to_bytes(), as_path(path), overwrite=overwrite)
 
 
@@ -300,6 +367,8 @@ def load_names(path: PathLike) -> dict[str, str]:
     Raises:
         DocumentError: if it does not map text to text.
     """
+    from .reading import read_text
+
     text = read_text(as_path(path), DocumentError)
     if not isinstance(text.data, dict) or not all(
         isinstance(key, str) and isinstance(value, str) for key, value in text.data.items()
@@ -308,38 +377,31 @@ def load_names(path: PathLike) -> dict[str, str]:
     return text.data
 
 
-def schema(document: str) -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of a document: ``spec``, ``plan``, ``manifest`` or ``report``.
-
-    Raises:
-        UsageError: if there is no such document.
-    """
-    kinds: dict[str, TypeAdapter[Any]] = {
-        "spec": TypeAdapter(Spec),
-        "plan": TypeAdapter(Plan),
-        "manifest": TypeAdapter(Manifest),
-        "report": TypeAdapter(Report | DiffReport),
-    }
-    if document not in kinds:
-        raise UsageError(f'no document is called "{shown(document)}"; one of: {", ".join(kinds)}')
-    identity = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": f"urn:ckptsurg:{document}:1"}
-    return identity | kinds[document].json_schema(mode="validation" if document == "spec" else "serialization")
-
-
-def diff(a: TensorsLike, b: TensorsLike, *, progress: Progress | None = None) -> DiffReport:
+def diff(a: TensorsLike, b: TensorsLike, *, jobs: int | None = None, progress: Progress | None = None) -> DiffReport:
     """Compare two checkpoints, models or state dicts, tensor by tensor, bit by bit.
+
+    Args:
+        a: The one.
+        b: The other.
+        jobs: How many threads read; None for one on each processor.
+        progress: Called with the bytes read and the bytes in all.
 
     Raises:
         UsageError: if there is nothing at a path.
         CheckpointError: if a checkpoint is malformed, or changes meanwhile.
         SystemFailure: if one cannot be read.
     """
+    from . import diffing
+
     with tensors_of(a) as one, tensors_of(b) as other:
-        return verifying.diff(one, other, progress=progress)
+        return diffing.diff(one, other, jobs=as_jobs(jobs), progress=progress)
 
 
 def _companions(base: Checkpoint, out: Path, *, keep_other_weights: bool) -> dict[str, Path]:
     """The files that come along to an output, which a lone file has none of."""
+    from .formats.folder import companions
+    from .manifest import is_file_output
+
     if is_file_output(out):
         return {}
     with system_failures(base.label):
@@ -348,6 +410,9 @@ def _companions(base: Checkpoint, out: Path, *, keep_other_weights: bool) -> dic
 
 def _plan(spec: Spec, base: Checkpoint) -> tuple[Plan, bytes | None]:
     """The plan and the new config.json, with what is wrong in either reported together."""
+    from . import planning
+    from .config import CONFIG_NAME, edited_config
+
     problems: list[Problem] = []
     config: tuple[bytes | None, list[str]] = (None, [])
     try:
@@ -369,6 +434,8 @@ def _plan(spec: Spec, base: Checkpoint) -> tuple[Plan, bytes | None]:
 
 def _parted(planned: Plan, base: Checkpoint) -> list[str]:
     """Names of one tensor in the base that stand for several in the output."""
+    from .initializer_arguments import SAME_FOR_EVERY_NAME
+
     output = {tensor.name: tensor for tensor in planned.output}
     notes = []
     for names in base.tied:

@@ -6,8 +6,10 @@ import json
 import os
 import stat
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,10 +23,12 @@ __all__ = [
     "Extent",
     "Index",
     "StoredFile",
+    "extents_of",
     "merged_metadata",
     "open_regular",
     "open_stored",
     "read_extent",
+    "read_into",
     "read_small",
 ]
 
@@ -53,6 +57,11 @@ class StoredFile:
         """Size in bytes."""
         return self.status.st_size
 
+    @property
+    def data_start(self) -> int:
+        """Where the tensors' bytes begin, in bytes; of another format, nowhere."""
+        return 8 + self.header if isinstance(self.header, int) else self.size
+
     def header_digest(self, algorithm: str) -> str:
         """Digest of the header's JSON bytes, padding included."""
         if isinstance(self.header, bytes):
@@ -80,6 +89,10 @@ class Extent:
     file: StoredFile
     offset: int
     length: int
+
+    def part(self, start: int, stop: int) -> Extent:
+        """The bytes from one to before another, counted from its own first."""
+        return Extent(self.file, self.offset + start, stop - start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +161,16 @@ class Checkpoint:
             return self.extents[name].file.name
         return self.homes.get(name) or (self.files[0].name if self.files else "")
 
+    @cached_property
+    def counts(self) -> Mapping[StoredFile, int]:
+        """How many tensors lie in each file."""
+        return Counter(extent.file for extent in self.extents.values())
+
+    def path_of(self, file: StoredFile) -> Path:
+        """Where a file of the checkpoint is."""
+        home = self.folder or (self.path.parent if self.path is not None else Path())
+        return home / file.name
+
     def read(self, name: str) -> Iterator[Buffer]:
         if not self._closer.alive:  # the number of a closed descriptor may be another file's by now
             raise UsageError(f"{self.label}: the checkpoint is closed")
@@ -161,7 +184,7 @@ class Checkpoint:
         if name not in self.extents:
             return sections(self.read(name))
         extent = self.extents[name]
-        return lambda start, stop: read_extent(Extent(extent.file, extent.offset + start, stop - start), self.label)
+        return lambda start, stop: read_extent(extent.part(start, stop), self.label)
 
     def refuse_if_changed(self) -> None:
         """Raise CheckpointError if a file was written to since it was opened."""
@@ -178,6 +201,11 @@ class Checkpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def extents_of(source: TensorSource) -> Mapping[str, Extent]:
+    """Where the bytes of tensors lie as they are; nowhere, if a source is no checkpoint in files."""
+    return source.extents if isinstance(source, Checkpoint) else {}
 
 
 def open_regular(path: Path, flags: int = 0) -> tuple[int, os.stat_result]:
@@ -267,31 +295,42 @@ def _close(files: Sequence[StoredFile]) -> None:
         file.close()
 
 
-def read_extent(extent: Extent, label: str, buffer: bytearray | None = None) -> Iterator[memoryview]:
-    """The bytes of an extent, in chunks of the buffer's size (``CHUNK_BYTES`` without one).
+def read_extent(extent: Extent, label: str) -> Iterator[memoryview]:
+    """The bytes of an extent, in chunks of ``CHUNK_BYTES``.
 
-    Every chunk is a view of one buffer that the next chunk overwrites. Reads are by ``pread``: a file that is
-    cut short is an error here, where a mapped one would kill the process.
+    Every chunk is a view of one buffer that the next chunk overwrites.
 
     Raises:
         CheckpointError: if the file ends before the extent does.
         SystemFailure: if the system cannot read it.
     """
-    view = memoryview(bytearray(min(CHUNK_BYTES, max(extent.length, 1))) if buffer is None else buffer)
+    view = memoryview(bytearray(min(CHUNK_BYTES, max(extent.length, 1))))
     done = 0
     while done < extent.length:
         wanted = min(len(view), extent.length - done)
-        filled = 0
-        while filled < wanted:
-            try:
-                count = os.preadv(extent.file.descriptor, [view[filled:wanted]], extent.offset + done + filled)
-            except OSError as failure:
-                raise SystemFailure(f"{label}: {shown(extent.file.name)} cannot be read: {failure.strerror}") from None
-            if count == 0:
-                raise CheckpointError(
-                    f"{label}: {shown(extent.file.name)} was cut short while it was read: expected "
-                    f"{extent.file.size:,} bytes, found {extent.offset + done + filled:,}"
-                )
-            filled += count
+        read_into(view[:wanted], extent.file, extent.offset + done, label)
         yield view[:wanted]
         done += wanted
+
+
+def read_into(view: memoryview, file: StoredFile, offset: int, label: str) -> None:
+    """Fill a buffer with the bytes of a file from an offset.
+
+    By ``pread``: a file that is cut short is an error here, where a mapped one would kill the process.
+
+    Raises:
+        CheckpointError: if the file ends before.
+        SystemFailure: if the system cannot read it.
+    """
+    filled = 0
+    while filled < len(view):
+        try:
+            count = os.preadv(file.descriptor, [view[filled:]], offset + filled)
+        except OSError as failure:
+            raise SystemFailure(f"{label}: {shown(file.name)} cannot be read: {failure.strerror}") from None
+        if count == 0:
+            raise CheckpointError(
+                f"{label}: {shown(file.name)} was cut short while it was read: expected "
+                f"{file.size:,} bytes, found {offset + filled:,}"
+            )
+        filled += count

@@ -1,4 +1,7 @@
-"""Paths or objects: what the public functions take, made into what the library works on."""
+"""Paths or objects: what the public functions take, made into what the library works on.
+
+What only some of them need (numpy, YAML, frameworks) is imported where it is used.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +11,21 @@ import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from . import planning
 from .checkpoints import Checkpoint
 from .errors import SpecError, UsageError
 from .formats import NO_MODEL, is_keras_file, open_checkpoint, open_trained
-from .formats.saved_by_torch import STATE_DICT_KEYS
-from .frameworks.importing import import_keras
-from .integrations import arguments
-from .manifest import Manifest
-from .parsing import Text, read_text
-from .spec import Spec
+from .parallel import available_jobs
 from .tensors import ALGORITHMS, TensorSource
 from .wording import enumerate_names, shown
 
 if TYPE_CHECKING:
     import torch
+
+    from .manifest import Manifest
+    from .spec import Spec
 
 __all__ = [
     "ManifestLike",
@@ -35,6 +34,7 @@ __all__ = [
     "TensorsLike",
     "as_algorithm",
     "as_builder",
+    "as_jobs",
     "as_manifest",
     "as_path",
     "as_size",
@@ -76,6 +76,10 @@ def as_target(given: object) -> Path:
 
 def as_spec(given: SpecLike, source: TensorSource) -> Spec:
     """A spec; where it is not valid, what else is wrong with it for this source is reported with it."""
+    from .parsing import Text
+    from .reading import read_text
+    from .spec import Spec
+
     if isinstance(given, Spec):
         return given
     text = Text("spec", dict(given)) if isinstance(given, Mapping) else read_text(as_path(given), SpecError)
@@ -84,6 +88,8 @@ def as_spec(given: SpecLike, source: TensorSource) -> Spec:
     except SpecError as error:
         problems = list(error.problems)
     if (rest := Spec.repaired(text)) is not None:
+        from . import planning
+
         try:
             planning.plan(rest, source)
         except SpecError as error:
@@ -93,6 +99,8 @@ def as_spec(given: SpecLike, source: TensorSource) -> Spec:
 
 def as_spec_or_patterns(given: SpecLike | Iterable[str | Mapping[str, Any]], source: TensorSource) -> Spec:
     """A text is a path if it has the ending of a document or is the name of a file; else it is a pattern."""
+    from .spec import Spec
+
     if isinstance(given, str) and not given.endswith((".yaml", ".yml", ".json")) and not _is_file(given):
         return Spec.of_patterns(given)
     if isinstance(given, str | os.PathLike | Spec | Mapping):
@@ -110,6 +118,8 @@ def _is_file(text: str) -> bool:
 
 
 def as_manifest(given: ManifestLike) -> Manifest:
+    from .integrations import arguments
+
     return arguments.as_manifest(as_path(given) if isinstance(given, str | os.PathLike) else given)
 
 
@@ -146,6 +156,8 @@ def opened_with(model: str | None, *paths: Path) -> Iterator[Sequence[TensorsLik
         return
     if not any(map(is_keras_file, paths)):
         raise UsageError(NO_MODEL.format(enumerate_names([str(path) for path in paths])))
+    from .frameworks.importing import import_keras
+
     import_keras()  # before the user's module does it, and less quietly
     with ExitStack() as stack:
         # What the user's code prints is no part of a document.
@@ -200,6 +212,8 @@ def tensors_of(given: TensorsLike, wanted: Collection[str] = ()) -> Iterator[Ten
         given = {name: value for name, value in given.items() if not str(name).endswith("_extra_state")}
         if odd := [name for name, value in given.items() if not isinstance(value, torch.Tensor)]:
             message = f'"{shown(odd[0])}" of the state dict is a {type(given[odd[0]]).__name__}, not a tensor'
+            from .formats.saved_by_torch import STATE_DICT_KEYS
+
             inside = next((name for name in STATE_DICT_KEYS if isinstance(given.get(name), Mapping)), None)
             raise UsageError(message, hint=f'give what is inside: checkpoint["{inside}"]' if inside else None)
         names: list[Any] = list(given)
@@ -222,6 +236,8 @@ _UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)}
 
 def as_size(given: int | str | None) -> int | None:
     """Bytes in ``5GB`` (10^9) or ``5GiB`` (2^30)."""
+    from decimal import Decimal
+
     if given is None:
         return None
     match = re.fullmatch(r"([0-9]{1,30}(?:\.[0-9]+)?)\s*([A-Za-z]*)", str(given).strip())
@@ -236,4 +252,17 @@ def as_size(given: int | str | None) -> int | None:
 def as_algorithm(given: str) -> str:
     if given not in ALGORITHMS:
         raise UsageError(f'unknown digest "{shown(given)}"; one of: {", ".join(ALGORITHMS)}')
+    return given
+
+
+def as_jobs(given: int | None) -> int:
+    """A number of threads; None for one on each processor.
+
+    Raises:
+        UsageError: if it is no number from 1.
+    """
+    if given is None:
+        return available_jobs()
+    if type(given) is not int or given < 1:
+        raise UsageError(f"jobs must be a whole number from 1, found {shown(given, 40)}")
     return given

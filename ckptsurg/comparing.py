@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from .numpy_types import element_type, unpacked
 from .report import Detail, Verdict
-from .tensors import Buffer, Digester, TensorInfo, digest_of
-from .traits import FLOATS, Traits, differ, values
+from .tensors import FLOATS, Buffer, Digester, TensorInfo, digest_of, same_bytes
+from .traits import Traits, differ, values
 
 __all__ = ["compare", "is_wider", "narrowed_digest", "same_bits", "was_cast"]
 
@@ -57,7 +57,7 @@ def narrowed_digest(chunks: Iterable[Buffer], wide: str, narrow: str, algorithm:
 
 def same_bits(one: Iterable[Buffer], other: Iterable[Buffer]) -> bool:
     """Whether two tensors of one size have the same bytes."""
-    return all(memoryview(a) == memoryview(b) for a, b in zip(one, other, strict=True))
+    return all(same_bytes(bytearray(a), b) for a, b in zip(one, other, strict=True))
 
 
 def was_cast(before: Callable[[], Iterator[Buffer]], after: Callable[[], Iterator[Buffer]], old: str, new: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from .checkpoints import read_small
 from .errors import CheckpointError, Problem, SpecError, UsageError
 from .parsing import parse_json
 from .spec import Spec
-from .wording import shown
+from .wording import closest, shown
 
 __all__ = ["CONFIG_NAME", "edited_config"]
 
@@ -84,7 +83,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _near_miss(edit: str, path: str, config: dict[str, Any]) -> list[str]:
     """A key that config.json lacks is no error, but one that looks like a key it has is likely a slip."""
-    near = difflib.get_close_matches(path, config, n=1, cutoff=0.8)
+    near = closest(path, config, 1, 0.8)
     return [f"config.{edit}: config.json has no {shown(path)}, but {shown(near[0])}"] if near else []
 
 

@@ -1,59 +1,126 @@
-"""The two operations that a rewrite is made of: copy this range of that file, and write these new bytes.
-
-Each byte is read once, and what is hashed is what is written.
-"""
+"""How the bytes of an output get there: shared with the base where the file system can, written where it cannot."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass
+from threading import Lock
+from typing import Literal, Self, TypeAlias
 
-from .checkpoints import Extent, read_extent
-from .tensors import CHUNK_BYTES, Buffer
+from . import disk
+from .checkpoints import StoredFile
+from .tensors import Buffer
+from .wording import size
 
-__all__ = ["Writer", "write_all"]
+__all__ = ["BLOCK", "Amounts", "Target", "outside"]
+
+#: What file systems share extents in units of, in bytes.
+BLOCK = 4096
+#: Fewer bytes are left to the last flush, with their neighbours.
+_WORTH_WRITEBACK = 256 << 10
+
+Way: TypeAlias = Literal["linked", "reflinked", "copied", "wrote"]
 
 
-class Hashing(Protocol):
-    """What is told of every byte that is written."""
-
-    def update(self, data: Buffer, /) -> None: ...
-
-
-class Writer:
-    """Appends to a file, through one buffer.
+@dataclass(slots=True)
+class Amounts:
+    """How many bytes of an output came to it in which way.
 
     Attributes:
-        position: How many bytes are written.
-
-    Args:
-        descriptor: The file, open for writing and empty.
-        label: How messages call the source.
-        advance: Called with every number of bytes written.
+        linked: In files that are the base's own.
+        reflinked: In blocks that are shared with the base, until one of the two is written to.
+        copied: Read from the base and written.
+        wrote: New: headers and drawn values.
     """
 
-    def __init__(self, descriptor: int, label: str, advance: Callable[[int], None]) -> None:
-        self._descriptor, self._label, self._advance = descriptor, label, advance
-        self._buffer = bytearray(CHUNK_BYTES)
-        self.position = 0
+    linked: int = 0
+    reflinked: int = 0
+    copied: int = 0
+    wrote: int = 0
 
-    def copy_range(self, extent: Extent, digester: Hashing | None = None) -> None:
-        """Copy a range of a file."""
-        self.write_new(read_extent(extent, self._label, self._buffer), digester)
+    def __str__(self) -> str:
+        """``reflinked 13.1 GB, copied 0.2 GB, wrote 41.0 MB``."""
+        ways = ("linked", "reflinked", "copied", "wrote")
+        return ", ".join(f"{way} {size(getattr(self, way))}" for way in ways if getattr(self, way))
 
-    def write_new(self, chunks: Iterable[Buffer], digester: Hashing | None = None) -> None:
-        """Write new bytes."""
-        for chunk in chunks:
-            if digester is not None:
-                digester.update(chunk)
-            write_all(self._descriptor, chunk)
-            self.position += len(chunk)
-            self._advance(len(chunk))
+    def add(self, other: Self) -> None:
+        self.linked += other.linked
+        self.reflinked += other.reflinked
+        self.copied += other.copied
+        self.wrote += other.wrote
 
 
-def write_all(descriptor: int, content: Buffer) -> None:
-    """Write everything: the system may take less than it is given."""
-    view = memoryview(content)
-    while view:
-        view = view[os.write(descriptor, view) :]
+class Target:
+    """A file of an output in the making. Any thread may write to any part of it; once it is whole, it is on disk.
+
+    Attributes:
+        amounts: How its bytes came to it.
+
+    Args:
+        descriptor: The file, open for writing and empty; closed here.
+        length: Its size once it is whole, in bytes.
+    """
+
+    def __init__(self, descriptor: int, length: int) -> None:
+        self._descriptor, self._missing = descriptor, length
+        self._is_open, self._is_whole = True, False
+        self._lock = Lock()
+        self.amounts = Amounts()
+        if not length:
+            self._count(0, "wrote")
+
+    def write(self, data: Buffer, at: int, way: Way = "wrote") -> None:
+        """Write bytes at an offset, each byte of the file once."""
+        disk.write_all(self._descriptor, data, at)
+        if len(data) >= _WORTH_WRITEBACK:
+            disk.begin_writeback(self._descriptor, at, len(data))
+        self._count(len(data), way)
+
+    def share(self, file: StoredFile, offset: int, length: int, at: int) -> range:
+        """Share the blocks of a range with a file.
+
+        Args:
+            file: The file.
+            offset: Where the range begins in it.
+            length: Of the range, in bytes.
+            at: Where the range belongs in this one.
+
+        Returns:
+            The offsets in this file that need not be written any more: whole blocks, or all of a whole file; or none.
+        """
+        if offset == at == 0 and length == file.size and disk.clone_range(file.descriptor, 0, 0, self._descriptor, 0):
+            self._count(length, "reflinked")
+            return range(length)
+        skipped = -at % BLOCK
+        shared = range(at + skipped, (at + length) // BLOCK * BLOCK)
+        if (at - offset) % BLOCK or not shared:
+            return range(0)
+        if not disk.clone_range(file.descriptor, offset + skipped, len(shared), self._descriptor, shared.start):
+            return range(0)
+        self._count(len(shared), "reflinked")
+        return shared
+
+    def _count(self, count: int, way: Way) -> None:
+        with self._lock:
+            setattr(self.amounts, way, getattr(self.amounts, way) + count)
+            self._missing -= count
+            is_whole, self._is_whole = not (self._missing or self._is_whole), not self._missing
+        if is_whole:
+            try:
+                disk.flush(self._descriptor)
+            finally:
+                self.close()
+
+    def close(self) -> None:
+        """Give the descriptor back, whole or not."""
+        if self._is_open:
+            self._is_open = False
+            os.close(self._descriptor)
+
+
+def outside(span: range, shared: range) -> Iterator[range]:
+    """The parts of a span before and behind a shared range."""
+    for part in (range(span.start, min(span.stop, shared.start)), range(max(span.start, shared.stop), span.stop)):
+        if part:
+            yield part

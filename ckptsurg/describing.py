@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
-from .checkpoints import Checkpoint
-from .manifest import BaseFile, FrozenRows, Manifest, Origin, SpecIdentity, TensorRecord
+from collections.abc import Mapping
+
+from .checkpoints import Checkpoint, extents_of
+from .errors import UsageError
+from .manifest import (
+    BaseFile,
+    FrozenRows,
+    Manifest,
+    Origin,
+    SpecIdentity,
+    TensorRecord,
+    is_file_output,
+    load_manifest,
+    manifest_path,
+)
 from .metering import Meter, Progress
+from .parallel import run
 from .plans import Action, Plan, PlannedTensor
+from .scanning import Reading, digest_threads, segments
 from .spec import Spec
 from .tensors import Buffer, Digester, TensorSource, refuse_unstorable, row_span, section
+from .wording import shown
 
-__all__ = ["Recorder", "base_files", "describe"]
+__all__ = ["Recorder", "base_files", "describe", "inherit", "inherited_records"]
 
 _ORIGINS: dict[Action, Origin] = {"copy": "copied", "reinit": "reinitialised", "add": "added"}
 
 
 def describe(
-    spec: Spec, plan: Plan, source: TensorSource, *, algorithm: str = "blake3", progress: Progress | None = None
+    spec: Spec,
+    plan: Plan,
+    source: TensorSource,
+    *,
+    algorithm: str = "blake3",
+    inherited: Mapping[str, TensorRecord] | None = None,
+    jobs: int = 1,
+    progress: Progress | None = None,
 ) -> Manifest:
     """The manifest of a source under a plan that only copies.
 
@@ -24,6 +47,8 @@ def describe(
         plan: The plan.
         source: What is described.
         algorithm: Of the digests.
+        inherited: Records of tensors whose digests need not be computed.
+        jobs: How many threads read what lies in files as it is.
         progress: Told how many bytes are read.
 
     Raises:
@@ -32,13 +57,30 @@ def describe(
         SystemFailure: if it cannot be read.
     """
     refuse_unstorable(source.label, source.tensors)
-    meter = Meter(sum(tensor.info.nbytes for tensor in plan.output), progress)
+    total = sum(tensor.info.nbytes for tensor in plan.output)
+    meter = Meter(total, progress)
+    extents = extents_of(source)
     records: dict[str, TensorRecord] = {}
+    lying: list[PlannedTensor] = []
     for tensor in plan.output:
-        recorder = Recorder(tensor, algorithm)
-        for chunk in meter.over(source.read(tensor.name)):
-            recorder.update(chunk)
-        records[tensor.name] = recorder.record()
+        if (record := inherit(tensor, inherited or {})) is not None:
+            records[tensor.name] = record
+            meter.advance(tensor.info.nbytes)
+        elif tensor.name in extents:
+            lying.append(tensor)
+        else:
+            recorder = Recorder(tensor, algorithm, records)
+            for chunk in meter.over(source.read(tensor.name)):
+                recorder.update(chunk)
+            recorder.finish()
+    readings = (
+        Reading(
+            extents[tensor.name],
+            Recorder(tensor, algorithm, records, digest_threads(tensor.info.nbytes, total, jobs)),
+        )
+        for tensor in lying
+    )
+    run(segments(readings, source.label, jobs), jobs, meter)
     files = base_files(source, algorithm) if isinstance(source, Checkpoint) else []
     if isinstance(source, Checkpoint):
         source.refuse_if_changed()
@@ -47,27 +89,36 @@ def describe(
 
 
 class Recorder:
-    """A manifest's record of a planned tensor in the making: it is given all bytes of the tensor, in their order."""
+    """A manifest's record of a planned tensor in the making: it is given all bytes of the tensor, in their order.
 
-    def __init__(self, tensor: PlannedTensor, algorithm: str) -> None:
-        self._tensor, self._whole = tensor, Digester(algorithm)
-        self._rows, self._span, self._position = Digester(algorithm), (0, 0), 0
-        if tensor.rows is not None:
-            self._span = row_span(tensor.info, tensor.rows)
+    Args:
+        tensor: The tensor.
+        algorithm: Of the digest.
+        records: Where the record goes once it is made.
+        threads: How many threads may work on the digest; None for all there are.
+    """
+
+    def __init__(
+        self, tensor: PlannedTensor, algorithm: str, records: dict[str, TensorRecord], threads: int | None = None
+    ) -> None:
+        self._tensor, self._records, self._whole = tensor, records, Digester(algorithm, threads)
+        self._rows = None if tensor.rows is None else Digester(algorithm, threads)
+        self._position = 0
 
     def update(self, data: Buffer) -> None:
         self._whole.update(data)
-        start, stop = (max(place - self._position, 0) for place in self._span)
-        for part in section([data], (start, stop)):
-            self._rows.update(part)
-        self._position += len(data)
+        if self._rows is not None and self._tensor.rows is not None:
+            start, stop = (max(at - self._position, 0) for at in row_span(self._tensor.info, self._tensor.rows))
+            for part in section([data], (start, stop)):
+                self._rows.update(part)
+            self._position += len(data)
 
-    def record(self) -> TensorRecord:
+    def finish(self) -> None:
         tensor = self._tensor
         rows = None
         if tensor.rows is not None:
             rows = FrozenRows(start=tensor.rows[0], stop=tensor.rows[1], digest=str(self._rows))
-        return TensorRecord(
+        self._records[tensor.name] = TensorRecord(
             dtype=tensor.dtype,
             shape=tensor.shape,
             frozen=tensor.frozen,
@@ -75,6 +126,56 @@ class Recorder:
             digest=str(self._whole),
             rows=rows,
         )
+
+
+def inherited_records(base: TensorSource, algorithm: str) -> Mapping[str, TensorRecord]:
+    """The records of the manifest that a base was published with; its digests are trusted, not computed.
+
+    Raises:
+        UsageError: if the base has no manifest, or one of other tensors or with other digests.
+        ManifestError: if the manifest is not valid.
+    """
+    place = (base.folder or base.path) if isinstance(base, Checkpoint) else None
+    if place is None or not (place.is_dir() or is_file_output(place)):
+        raise UsageError(f"{base.label}: has no manifest that could be trusted", hint=_TRUST)
+    manifest = load_manifest(place)
+    label = shown(manifest_path(place))
+    if manifest.infos != dict(base.tensors):
+        odd = min(name for name in {*base.tensors, *manifest.tensors} if _differs(name, base, manifest))
+        raise UsageError(f'{label}: does not describe {base.label}: "{shown(odd)}" is not in both alike', hint=_TRUST)
+    if manifest.algorithm != algorithm:
+        raise UsageError(
+            f"{label}: has {manifest.algorithm} digests, which cannot stand for {algorithm}",
+            hint=f"--digest {manifest.algorithm}",
+        )
+    return manifest.tensors
+
+
+_TRUST = "without --trust-base-manifest all digests are computed"
+
+
+def _differs(name: str, base: TensorSource, manifest: Manifest) -> bool:
+    record = manifest.tensors.get(name)
+    return record is None or record.info != base.tensors.get(name)
+
+
+def inherit(tensor: PlannedTensor, inherited: Mapping[str, TensorRecord]) -> TensorRecord | None:
+    """The record of a copied tensor by that of its base, or None if there is none that says enough."""
+    known = inherited.get(tensor.name)
+    if known is None:
+        return None
+    rows = known.rows if tensor.rows is not None else None
+    if tensor.rows is not None and (rows is None or (rows.start, rows.stop) != tensor.rows):
+        return None
+    return TensorRecord(
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        frozen=tensor.frozen,
+        origin="copied",
+        digest=known.digest,
+        rows=rows,
+        inherited=True,
+    )
 
 
 def base_files(base: Checkpoint, algorithm: str) -> list[BaseFile]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
 from collections.abc import Iterator, Sequence
+from threading import RLock
 from typing import Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -14,21 +14,34 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from .errors import DocumentError, Problem
 from .parsing import Place, Text, describe_place
-from .wording import shown
+from .wording import closest, shown
 
-__all__ = ["Document", "Model", "canonical_json", "fail", "is_none", "suggest"]
+__all__ = ["Document", "Model", "canonical_json", "fail", "is_false", "is_none", "suggest"]
+
+
+_BUILDING = RLock()
 
 
 class Model(BaseModel):
-    """A part of a document: nothing is converted, unknown keys are errors."""
+    """A part of a document: nothing is converted, unknown keys are errors.
+
+    Validators are built when a model is first used, which of most nobody does in a run.
+    """
 
     model_config = ConfigDict(
         extra="forbid",
         strict=True,
         frozen=True,
         allow_inf_nan=False,
+        defer_build=True,
         json_schema_serialization_defaults_required=True,
     )
+
+    @classmethod
+    def model_rebuild(cls, **options: Any) -> bool | None:
+        """Build the validators, in one thread at a time, which pydantic sees to itself only since 2.14."""
+        with _BUILDING:
+            return super().model_rebuild(**options)
 
 
 class Document(Model):
@@ -73,14 +86,20 @@ class Document(Model):
 
     __hash__ = None  # type: ignore[assignment]
 
-    def to_json(self, *, indent: int | None = 1) -> str:
-        """The document as JSON of ASCII characters alone, so that no name plays tricks on a terminal."""
-        return json.dumps(self.model_dump(mode="json", by_alias=True, exclude_none=False), indent=indent)
+    def to_json(self) -> str:
+        """The document as JSON of printable ASCII characters alone, so that no name plays tricks on a terminal."""
+        text = self.model_dump_json(by_alias=True, indent=1, ensure_ascii=True)
+        return text.replace("\x7f", "\\u007f")  # which pydantic takes for printable
 
 
 def is_none(value: object) -> bool:
     """For ``exclude_if``: a key that says nothing is left out of the document."""
     return value is None
+
+
+def is_false(value: object) -> bool:
+    """Likewise of a key that says no."""
+    return value is False
 
 
 def fail(message: str) -> PydanticCustomError:
@@ -97,7 +116,7 @@ def canonical_json(value: object) -> bytes:
 def suggest(word: object, known: Sequence[str]) -> str:
     """``; nearest: freeze`` or, where nothing is near, ``; one of: ...``."""
     folded = {candidate.lower(): candidate for candidate in known}
-    near = [folded[match] for match in difflib.get_close_matches(str(word).lower(), folded, n=2, cutoff=0.5)]
+    near = [folded[match] for match in closest(str(word).lower(), folded, 2)]
     if near:
         return "; nearest: " + ", ".join(near)
     return "; one of: " + ", ".join(known)
@@ -162,8 +181,7 @@ def _problems(model: type[Model], error: ValidationError, text: Text) -> Iterato
     unknown = {(detail["loc"][:-1], detail["loc"][-1]) for detail in details if detail["type"] == "extra_forbidden"}
     for detail in details:
         if detail["type"] == "missing" and any(
-            parents == detail["loc"][:-1] and difflib.get_close_matches(str(detail["loc"][-1]), [str(key)], cutoff=0.5)
-            for parents, key in unknown
+            parents == detail["loc"][:-1] and closest(str(detail["loc"][-1]), [str(key)]) for parents, key in unknown
         ):
             continue  # the slip itself is reported, with this key as the nearest
         place = text.nearest(tuple(part for part in detail["loc"]))

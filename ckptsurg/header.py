@@ -12,8 +12,9 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from .checkpoints import Extent, StoredFile, open_regular
 from .errors import CheckpointError, system_failures
@@ -161,48 +162,57 @@ def _parse_header(header: bytes, label: str) -> tuple[Mapping[str, str] | None, 
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
-def _entry(name: str, entry: Any, label: str) -> tuple[TensorInfo, int, int]:
-    """One tensor's dtype, shape and offsets, each exactly of the form that the format gives it."""
+def _entry(name: str, entry: Any) -> tuple[str, TensorInfo, int, int]:
+    """One tensor's name, dtype and shape, and offsets, each exactly of the form that the format gives it.
 
-    def refuse(message: str) -> NoReturn:
-        raise CheckpointError(f'{label}: tensor "{shown(name)}": {message}')
-
+    Raises:
+        ValueError: with what is wrong.
+    """
     if not isinstance(entry, dict):
-        refuse(f"expected an object with dtype, shape and data_offsets, found {shown(entry, 60)}")
+        raise ValueError(f"expected an object with dtype, shape and data_offsets, found {shown(entry, 60)}")
     if entry.keys() != _FIELDS:
         missing, unknown = sorted(_FIELDS - entry.keys()), sorted(entry.keys() - _FIELDS)
-        refuse(f"the field {missing[0]} is missing" if missing else f'unknown field "{shown(unknown[0])}"')
+        raise ValueError(f"the field {missing[0]} is missing" if missing else f'unknown field "{shown(unknown[0])}"')
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        refuse(f"unknown dtype {shown(dtype, 40)}; the format has {', '.join(DTYPE_BITS)}")
+        raise ValueError(f"unknown dtype {shown(dtype, 40)}; the format has {', '.join(DTYPE_BITS)}")
     if not isinstance(shape, list) or len(shape) > MAX_RANK:
-        refuse(f"the shape must be a list of at most {MAX_RANK} sizes, found {shown(shape, 60)}")
+        raise ValueError(f"the shape must be a list of at most {MAX_RANK} sizes, found {shown(shape, 60)}")
     elements = 1
     for size in shape:
         if type(size) is not int or not 0 <= size < _UINT64:
-            refuse(f"a size must be a whole number from 0 to 2^64 - 1, found {shown(size, 40)}")
+            raise ValueError(f"a size must be a whole number from 0 to 2^64 - 1, found {shown(size, 40)}")
         elements *= size or 1
         if elements >= _UINT64:
-            refuse(f"the shape {shown(shape, 60)} has more than 2^64 - 1 elements")
+            raise ValueError(f"the shape {shown(shape, 60)} has more than 2^64 - 1 elements")
+    if 0 in shape:
+        elements = 0
     if not isinstance(offsets, list) or len(offsets) != 2:
-        refuse(f"data_offsets must be two numbers, found {shown(offsets, 60)}")
+        raise ValueError(f"data_offsets must be two numbers, found {shown(offsets, 60)}")
     begin, end = offsets
     if type(begin) is not int or type(end) is not int or not 0 <= begin <= end:
-        refuse(f"data_offsets must be whole numbers, the begin not after the end, found {shown(offsets, 60)}")
+        raise ValueError(f"data_offsets must be whole numbers, the begin not after the end, found {shown(offsets, 60)}")
     info = TensorInfo(dtype, tuple(shape))
-    bits = info.elements * DTYPE_BITS[dtype]
+    bits = elements * DTYPE_BITS[dtype]
     if bits % 8:
-        refuse(f"{info.elements:,} elements of {dtype} do not fill whole bytes")
+        raise ValueError(f"{elements:,} elements of {dtype} do not fill whole bytes")
     if end - begin != bits // 8:
-        refuse(f"{info} takes {bits // 8:,} bytes, but data_offsets {shown(offsets, 60)} span {end - begin:,}")
-    return info, begin, end
+        raise ValueError(
+            f"{info} takes {bits // 8:,} bytes, but data_offsets {shown(offsets, 60)} span {end - begin:,}"
+        )
+    return name, info, begin, end
 
 
 def _check_layout(
     file: StoredFile, entries: Mapping[str, Any], start: int, label: str
 ) -> tuple[dict[str, TensorInfo], dict[str, Extent]]:
-    checked = [(name, *_entry(name, entry, label)) for name, entry in entries.items()]
-    checked.sort(key=lambda item: item[2:])
+    checked = []
+    for name, entry in entries.items():
+        try:
+            checked.append(_entry(name, entry))
+        except ValueError as failure:
+            raise CheckpointError(f'{label}: tensor "{shown(name)}": {failure}') from None
+    checked.sort(key=itemgetter(2, 3))
     position = 0
     for name, _, begin, end in checked:
         if begin != position:

@@ -6,7 +6,9 @@ underscore; ``default``, ``like`` and ``mean`` are ours.
 
 from __future__ import annotations
 
+import copy
 import re
+from functools import cache
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
@@ -194,15 +196,21 @@ class _WrittenForm:
     """The JSON Schema of an initializer as people write it."""
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        written: dict[str, Any] = {name: model.model_json_schema() for name, model in _ARGUMENTS.items()}
-        written["default"] = {"enum": list(MODULES)}
-        bare = [
-            name
-            for name, model in _ARGUMENTS.items()
-            if not any(argument.is_required() for argument in model.model_fields.values())
-        ]
-        one = {"type": "object", "minProperties": 1, "maxProperties": 1, "additionalProperties": False}
-        return {"anyOf": [{"enum": bare}, {**one, "properties": written}]}
+        return copy.deepcopy(_written_form())
+
+
+@cache
+def _written_form() -> dict[str, Any]:
+    schemas = {model: model.model_json_schema() for model in dict.fromkeys(_ARGUMENTS.values())}
+    written: dict[str, Any] = {name: schemas[model] for name, model in _ARGUMENTS.items()}
+    written["default"] = {"enum": list(MODULES)}
+    bare = [
+        name
+        for name, model in _ARGUMENTS.items()
+        if not any(argument.is_required() for argument in model.model_fields.values())
+    ]
+    one = {"type": "object", "minProperties": 1, "maxProperties": 1, "additionalProperties": False}
+    return {"anyOf": [{"enum": bare}, {**one, "properties": written}]}
 
 
 #: An initializer as a field of a document.

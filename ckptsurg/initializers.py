@@ -8,13 +8,11 @@ build of numpy; it and ``sparse`` hold their tensor in memory, all others are dr
 
 from __future__ import annotations
 
-import os
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from math import ceil, prod, sqrt
-from threading import Lock
+from threading import Lock, local
 from typing import Any
 
 import numpy as np
@@ -31,15 +29,34 @@ from .wording import shown
 __all__ = ["Drawing", "Undrawable", "rounded"]
 
 #: Elements drawn at a time.
-BLOCK = 1 << 16
+BLOCK = 1 << 17
+
+
+class _Memory(local):
+    """Where each thread draws its blocks, again and again: fresh memory costs more than the arithmetic on it."""
+
+    def __init__(self) -> None:
+        self.values = np.empty(BLOCK, np.complex128)
+
+
+_memory = _Memory()
 
 
 class Undrawable(ValueError):
     """A value that is to be drawn does not fit its dtype, or has nothing to be drawn like."""
 
 
+class _Kept(local):
+    """The block that a thread drew last: of a tensor that grows, rows are read one by one."""
+
+    number = -1
+    block: Buffer = b""
+
+
 class Drawing:
     """A tensor that is drawn.
+
+    Several threads may read it at once. Each draws what it reads itself, and holds some 8 MB for that.
 
     Args:
         seed: The spec's seed.
@@ -57,44 +74,37 @@ class Drawing:
         identity = canonical_json([seed, name, list(info.shape), info.dtype, {init.name: init.arguments}])
         self._key = int.from_bytes(blake3(b"ckptsurg drawing 1\n" + identity).digest(16), "little")
         self._values = _FORMULAS[init.name](self, **init.arguments)
-        self._last: tuple[int, Buffer] = (-1, b"")
+        self._kept = _Kept()
 
     def read(self, start: int, stop: int) -> Iterator[Buffer]:
-        """The bytes of elements ``start`` to ``stop``, in chunks."""
+        """The bytes of elements ``start`` to ``stop``, in chunks, each drawn when it is asked for."""
         size = element_type(self._info.dtype).itemsize
-        for number, block in self._blocks(start // BLOCK, -(-stop // BLOCK)):
+        for number in range(start // BLOCK, -(-stop // BLOCK)):
             low, high = max(start - number * BLOCK, 0), min(stop - number * BLOCK, BLOCK)
-            yield memoryview(block)[low * size : high * size]
-
-    def _blocks(self, first: int, end: int) -> Iterator[tuple[int, Buffer]]:
-        """Whole blocks, drawn on all cores and given in their order; a single one is kept for the next call."""
-        if end - first == 1:
-            if self._last[0] != first:
-                self._last = (first, self._block(first))
-            yield self._last
-            return
-        with ThreadPoolExecutor(cores := os.cpu_count() or 1) as pool:
-            ahead: deque[tuple[int, Future[Buffer]]] = deque()
-            for number in range(first, end):
-                ahead.append((number, pool.submit(self._block, number)))
-                if len(ahead) > 2 * cores:
-                    done, future = ahead.popleft()
-                    yield done, future.result()
-            for done, future in ahead:
-                yield done, future.result()
+            yield memoryview(self._block(number))[low * size : high * size]
 
     def _block(self, number: int) -> Buffer:
-        start = number * BLOCK
-        values = self._values(start, min(start + BLOCK, self._info.elements))
-        return rounded(values, self._info.dtype, self._name)
+        if isinstance(self._values, _Constant):
+            number = 0  # none is longer, and all are the same
+        kept = self._kept
+        if kept.number != number:
+            start = number * BLOCK
+            stop = min(start + BLOCK, self._info.elements)
+            values = _memory.values if self.is_complex else _memory.values.view(np.float64)
+            values = values[: stop - start]
+            self._values(start, stop, values)
+            kept.number, kept.block = number, rounded(values, self._info.dtype, self._name)
+        return kept.block
 
     # --- Elements ------------------------------------------------------------------------------------
 
-    def uniforms(self, start: int, stop: int) -> FloatArray:
-        return uniform(words(self._key, start, stop))
+    def uniforms(self, start: int, stop: int, out: FloatArray | None = None) -> FloatArray:
+        out = np.empty(stop - start) if out is None else out
+        return uniform(words(self._key, start, stop, out.view(np.uint64)))
 
-    def normals(self, start: int, stop: int) -> FloatArray:
-        return quantile(self.uniforms(start, stop))
+    def normals(self, start: int, stop: int, out: FloatArray | None = None) -> FloatArray:
+        values = self.uniforms(start, stop, out)
+        return quantile(values, out=values)
 
     @property
     def is_complex(self) -> bool:
@@ -124,48 +134,78 @@ def rounded(values: NDArray[Any], dtype: str, name: str) -> bytes:
     with np.errstate(over="ignore"):
         if dtype not in ("F64", "C64"):
             values = values.astype(np.float32)
-        typed = values.astype(element_type(dtype))
-    if not np.isfinite(typed.astype(np.complex128 if dtype == "C64" else np.float64)).all():
-        raise Undrawable(f'"{shown(name)}": a drawn value is out of the range of {dtype}')
-    return typed.tobytes()
+        # Rounding keeps the order, so nothing leaves the range unless the least or the greatest does. NaN is both.
+        parts = values.view(values.real.dtype)
+        extremes = np.array([parts.min(initial=0.0), parts.max(initial=0.0)])
+        extremes = extremes.astype(element_type("F32" if dtype == "C64" else dtype)).astype(np.float64)
+        if not np.isfinite(extremes).all():
+            raise Undrawable(f'"{shown(name)}": a drawn value is out of the range of {dtype}')
+        return values.astype(element_type(dtype), copy=False).tobytes()
 
 
-#: Values of elements start to stop, shape [stop - start].
-_Values = Callable[[int, int], NDArray[Any]]
+#: Puts the values of elements start to stop into an array of doubles, or of pairs of them, shape [stop - start].
+_Values = Callable[[int, int, NDArray[Any]], None]
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """The same value everywhere."""
+
+    value: float
+
+    def __call__(self, start: int, stop: int, out: NDArray[Any]) -> None:
+        out[:] = self.value
 
 
 def _constant(drawing: Drawing, val: float) -> _Values:
-    return lambda start, stop: np.full(stop - start, val)
+    return _Constant(val)
 
 
 def _uniform(drawing: Drawing, a: float, b: float) -> _Values:
-    return lambda start, stop: a + (b - a) * drawing.uniforms(start, stop)
+    def values(start: int, stop: int, out: FloatArray) -> None:
+        drawing.uniforms(start, stop, out)
+        out *= b - a
+        out += a
+
+    return values
 
 
 def _normal(drawing: Drawing, mean: float, std: float) -> _Values:
-    if not drawing.is_complex:
-        return lambda start, stop: mean + std * drawing.normals(start, stop)
+    # As torch: of a complex number, half of the variance to the real part, half to the imaginary part.
+    parts, scale = (2, std / sqrt(2)) if drawing.is_complex else (1, std)
 
-    def values(start: int, stop: int) -> NDArray[Any]:
-        # As torch: half of the variance to the real part, half to the imaginary part.
-        parts = std / sqrt(2) * drawing.normals(2 * start, 2 * stop)
-        return np.asarray(mean + parts.view(np.complex128))
+    def values(start: int, stop: int, out: NDArray[Any]) -> None:
+        normals = drawing.normals(parts * start, parts * stop, out.view(np.float64))
+        normals *= scale
+        out += mean
 
     return values
 
 
 def _trunc_normal(drawing: Drawing, mean: float, std: float, a: float, b: float) -> _Values:
     if std == 0:
-        return _constant(drawing, min(max(mean, a), b))
+        return _Constant(min(max(mean, a), b))
     if a > mean:  # near one, probabilities have no digits left: the mirror image is drawn from the lower tail
-        mirrored = _trunc_normal(drawing, -mean, std, -b, -a)
-        return lambda start, stop: np.negative(mirrored(start, stop))
+        return _negative(_trunc_normal(drawing, -mean, std, -b, -a))
     low, high = cumulative((a - mean) / std), cumulative((b - mean) / std)
 
-    def values(start: int, stop: int) -> NDArray[Any]:
-        probability = low + (high - low) * drawing.uniforms(start, stop)
-        inside = np.clip(probability, 2.0**-1022, 1.0 - 2.0**-53)
-        return np.clip(mean + std * quantile(inside), a, b)
+    def values(start: int, stop: int, out: FloatArray) -> None:
+        drawing.uniforms(start, stop, out)
+        out *= high - low
+        out += low
+        np.clip(out, 2.0**-1022, 1.0 - 2.0**-53, out=out)
+        quantile(out, out=out)
+        out *= std
+        out += mean
+        np.clip(out, a, b, out=out)
+
+    return values
+
+
+def _negative(mirrored: _Values) -> _Values:
+    def values(start: int, stop: int, out: FloatArray) -> None:
+        mirrored(start, stop, out)
+        np.negative(out, out=out)
 
     return values
 
@@ -197,9 +237,9 @@ def _kaiming_normal(drawing: Drawing, a: float, mode: str, nonlinearity: str) ->
 def _eye(drawing: Drawing) -> _Values:
     columns = drawing.shape[1]
 
-    def values(start: int, stop: int) -> NDArray[Any]:
+    def values(start: int, stop: int, out: NDArray[Any]) -> None:
         row, column = np.divmod(np.arange(start, stop), columns)
-        return np.asarray(row == column, np.float64)
+        out[:] = row == column
 
     return values
 
@@ -208,10 +248,10 @@ def _dirac(drawing: Drawing, groups: int) -> _Values:
     outputs, inputs, *kernel = drawing.shape
     centre = sum(size // 2 * prod(kernel[axis + 1 :]) for axis, size in enumerate(kernel))
 
-    def values(start: int, stop: int) -> NDArray[Any]:
+    def values(start: int, stop: int, out: NDArray[Any]) -> None:
         channel, inside = np.divmod(np.arange(start, stop), prod(kernel))
         output, source = np.divmod(channel, inputs)
-        return np.asarray((output % (outputs // groups) == source) & (inside == centre), np.float64)
+        out[:] = (output % (outputs // groups) == source) & (inside == centre)
 
     return values
 
@@ -247,9 +287,9 @@ def _of_whole(whole: Callable[[], FloatArray]) -> _Values:
     once = cache(whole)
     lock = Lock()
 
-    def values(start: int, stop: int) -> NDArray[Any]:
+    def values(start: int, stop: int, out: NDArray[Any]) -> None:
         with lock:
-            return once()[start:stop]
+            out[:] = once()[start:stop]
 
     return values
 

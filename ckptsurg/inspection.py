@@ -11,14 +11,9 @@ from pydantic import Field
 from .checkpoints import Checkpoint
 from .documents import Document, Model
 from .errors import SpecError
-from .layers import from_metadata
-from .matching import Names
-from .parsing import Text
-from .selectors import Space, select
-from .spec import Spec
 from .tensors import TensorInfo
 
-__all__ = ["Inspection", "inspect_checkpoint"]
+__all__ = ["Inspection", "inspect_checkpoint", "selected_names"]
 
 
 class FileSize(Model):
@@ -63,18 +58,40 @@ def inspect_checkpoint(checkpoint: Checkpoint, patterns: Sequence[str] = ()) -> 
     """
     names = list(checkpoint.tensors)
     if patterns:
-        spec = Spec.from_text(Text("patterns", {"version": 1, "freeze": list(patterns)}))
-        space = Space(Names(names, from_metadata(checkpoint.metadata)), checkpoint.tensors)
-        selection = select(spec, ("freeze",), spec.freeze or (), space)
-        if selection.problems:
-            raise SpecError("patterns", [replace(problem, path="") for problem in selection.problems])
-        names = [name for name, selected in zip(names, selection.mask.tolist(), strict=True) if selected]
-    tensors = {
-        name: TensorPlace(dtype=info.dtype, shape=info.shape, file=checkpoint.file_of(name))
-        for name, info in checkpoint.tensors.items()
-    }
+        names = selected_names(checkpoint.tensors, patterns, checkpoint.metadata)
+    infos, place = checkpoint.tensors, checkpoint.file_of
     return Inspection(
         files=tuple(FileSize(file=file.name, size=file.size) for file in checkpoint.files),
         metadata=dict(checkpoint.metadata or {}),
-        tensors={name: tensors[name] for name in names},
+        tensors={
+            name: TensorPlace(dtype=infos[name].dtype, shape=infos[name].shape, file=place(name)) for name in names
+        },
     )
+
+
+def selected_names(
+    tensors: Mapping[str, TensorInfo], patterns: Sequence[str], metadata: Mapping[str, str] | None
+) -> list[str]:
+    """The names that patterns select, the later one winning.
+
+    Args:
+        tensors: Dtype and shape by name.
+        patterns: As in a spec.
+        metadata: Of the checkpoint, which may say how layers follow one another.
+
+    Raises:
+        SpecError: if a pattern cannot be read or selects nothing.
+    """
+    # Here, for without patterns there is no need of what they take: numpy above all.
+    from .layers import from_metadata
+    from .matching import Names
+    from .parsing import Text
+    from .selectors import Space, select
+    from .spec import Spec
+
+    spec = Spec.from_text(Text("patterns", {"version": 1, "freeze": list(patterns)}))
+    space = Space(Names(list(tensors), from_metadata(metadata)), tensors)
+    selection = select(spec, ("freeze",), spec.freeze or (), space)
+    if selection.problems:
+        raise SpecError("patterns", [replace(problem, path="") for problem in selection.problems])
+    return [name for name, selected in zip(tensors, selection.mask.tolist(), strict=True) if selected]

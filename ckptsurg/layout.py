@@ -1,4 +1,4 @@
-"""Where each tensor of an output goes: which file, in which order, at which offset. Pure: nothing is read or written.
+"""Where each tensor of an output goes: which file, in which order, at which offset. Nothing is written.
 
 File systems that share extents do so for ranges whose offsets agree with the source's modulo the block size. So
 copied ranges keep the phase that they have in the base, as long as the header's padding and the tensors that are
@@ -11,14 +11,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .checkpoints import Checkpoint, Extent
+from .checkpoints import Checkpoint, Extent, StoredFile, read_extent
+from .copying import BLOCK
 from .header import encode_header
 from .plans import PlannedTensor
 
 __all__ = ["OutputFile", "lay_out"]
 
-#: What file systems share extents in units of, in bytes.
-PAGE = 4096
 _STARTS_TRIED = 8
 _FILLERS_TRIED = 64
 _TRIMMED = 8
@@ -32,11 +31,13 @@ class OutputFile:
         name: Path inside the output folder; of a lone file, its own name.
         tensors: Its tensors, in the order of their bytes.
         header: Length and header, as they are written.
+        untouched: The file of the base that has the same bytes.
     """
 
     name: str
     tensors: Sequence[PlannedTensor]
     header: bytes
+    untouched: StoredFile | None = None
 
     @property
     def size(self) -> int:
@@ -78,7 +79,7 @@ def lay_out(
     ordered = sorted(tensors, key=lambda tensor: _position(tensor, base))
     merged, warnings = base.metadata, base.clashes
     if single is not None:
-        return Layout([_file(single, ordered, merged, base.extents)], None, warnings)
+        return Layout([_file(single, ordered, merged, base)], None, warnings)
     if max_shard_size is not None:
         shards = _split(ordered, max_shard_size)
         index_name = "model.safetensors.index.json" if base.index is None else _as_safetensors(base.index.name)
@@ -86,12 +87,12 @@ def lay_out(
         names = [f"{stem}-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
         index = f"{stem}.safetensors.index.json" if len(shards) > 1 else None
         files = [
-            _file(name if index else f"{stem}.safetensors", shard, merged, base.extents)
+            _file(name if index else f"{stem}.safetensors", shard, merged, base)
             for name, shard in zip(names, shards, strict=True)
         ]
         return Layout(files, index, warnings)
     if base.index is None:
-        return Layout([_file("model.safetensors", ordered, merged, base.extents)], None)
+        return Layout([_file("model.safetensors", ordered, merged, base)], None)
     by_file: dict[str, list[PlannedTensor]] = {file.name: [] for file in base.files}
     added: list[PlannedTensor] = []
     for tensor in ordered:
@@ -99,7 +100,7 @@ def lay_out(
     by_file[max((name for name, shard in by_file.items() if shard), default=base.files[-1].name)] += added
     metadata = {file.name: file.metadata for file in base.files}
     files = [
-        _file(_as_safetensors(name), shard, metadata[name] if base.source is None else merged, base.extents)
+        _file(_as_safetensors(name), shard, metadata[name] if base.source is None else merged, base)
         for name, shard in by_file.items()
         if shard
     ]
@@ -140,12 +141,34 @@ def _file(
     name: str,
     tensors: Sequence[PlannedTensor],
     metadata: Mapping[str, str] | None,
-    extents: Mapping[str, Extent],
+    base: Checkpoint,
 ) -> OutputFile:
-    ordered, page = arrange(tensors, extents)
+    file = _untouched(tensors, metadata, base)
+    if file is not None:
+        header = b"".join(map(bytes, read_extent(Extent(file, 0, file.data_start), base.label)))
+        return OutputFile(name, tensors, header, file)
+    ordered, page = arrange(tensors, base.extents)
     return OutputFile(
-        name, ordered, encode_header({tensor.name: tensor.info for tensor in ordered}, metadata, page, PAGE)
+        name, ordered, encode_header({tensor.name: tensor.info for tensor in ordered}, metadata, page, BLOCK)
     )
+
+
+def _untouched(
+    tensors: Sequence[PlannedTensor], metadata: Mapping[str, str] | None, base: Checkpoint
+) -> StoredFile | None:
+    """The file of the base that these tensors, in the order of the base's bytes, are all of; with its metadata."""
+    first = base.extents.get(tensors[0].name) if tensors else None
+    if first is None or first.file.metadata != metadata or base.counts[first.file] != len(tensors):
+        return None
+    file, position = first.file, first.file.data_start
+    for tensor in tensors:
+        extent = base.extents.get(tensor.name)
+        if tensor.action != "copy" or extent is None or extent.file is not file or extent.offset != position:
+            return None
+        if position % tensor.info.alignment:
+            return None
+        position += extent.length
+    return file if position == file.size else None
 
 
 # --- Order ------------------------------------------------------------------------------------------
@@ -168,18 +191,18 @@ class _Run:
     @property
     def shareable(self) -> int:
         """Bytes in whole pages."""
-        return max(0, self.end // PAGE - -(-self.start // PAGE)) * PAGE
+        return max(0, self.end // BLOCK - -(-self.start // BLOCK)) * BLOCK
 
     def trim(self) -> None:
         """Give up small tensors at both ends: they have little to share, and are of use as fillers."""
-        if all(tensor.info.nbytes < PAGE for tensor in self.tensors):
+        if all(tensor.info.nbytes < BLOCK for tensor in self.tensors):
             return
         for _ in range(_TRIMMED):
             # The data of a file begins at a multiple of 8, so a run that could begin it stays one that can.
-            if (size := self.tensors[0].info.nbytes) < PAGE and (self.start + size) % 8 == 0:
+            if (size := self.tensors[0].info.nbytes) < BLOCK and (self.start + size) % 8 == 0:
                 del self.tensors[0]
                 self.start += size
-            if (size := self.tensors[-1].info.nbytes) < PAGE:
+            if (size := self.tensors[-1].info.nbytes) < BLOCK:
                 del self.tensors[-1]
                 self.end -= size
 
@@ -209,21 +232,27 @@ def arrange(tensors: Sequence[PlannedTensor], extents: Mapping[str, Extent]) -> 
         run.trim()
     # Odd-sized tensors change the phase of all behind them. Taken out, what is left falls into classes of one phase
     # each, and they are what bridges from one class to the next.
-    regular = _runs([tensor for tensor in tensors if tensor.info.nbytes % PAGE == 0], extents)
+    regular = _runs([tensor for tensor in tensors if tensor.info.nbytes % BLOCK == 0], extents)
     chains = [*_chains(whole, tensors, by_phase=False), *_chains(regular, tensors, by_phase=True)]
     if not chains:
         return _aligned(tensors), None
     best = max(chains, key=lambda chain: chain.shared)
     placed = {tensor.name for tensor in best.tensors}
     loose = [tensor for tensor in tensors if tensor.name not in placed]
-    # What follows the chain begins with the widest dtype; the chain gives up its tail until that is aligned.
+    # What would not be aligned behind the chain goes before it, where that leaves the beginning of the data aligned.
+    wide = [tensor for tensor in loose if best.end % tensor.info.alignment]
+    start = best.start - sum(tensor.info.nbytes for tensor in wide)
+    if wide and start % 8 == 0:
+        rest = [tensor for tensor in loose if not best.end % tensor.info.alignment]
+        return _aligned(wide) + best.tensors + _aligned(rest), start % BLOCK
+    # Where it does not, the chain gives up its tail until all is aligned behind it, the widest dtype first.
     while best.tensors and loose and best.end % max(tensor.info.alignment for tensor in loose):
         tensor = best.tensors.pop()
         best.end -= tensor.info.nbytes
         loose.append(tensor)
     if not best.tensors:
         return _aligned(tensors), None
-    return best.tensors + _aligned(loose), best.start % PAGE
+    return best.tensors + _aligned(loose), best.start % BLOCK
 
 
 def _aligned(tensors: Iterable[PlannedTensor]) -> list[PlannedTensor]:
@@ -259,7 +288,7 @@ def _chains(runs: Sequence[_Run], tensors: Sequence[PlannedTensor], *, by_phase:
     for first in sorted(starts, key=lambda run: (-run.shareable, run.start))[:_STARTS_TRIED]:
         others = [run for run in runs if run is not first]
         if by_phase:
-            others.sort(key=lambda run: (run.start - first.end) % PAGE)
+            others.sort(key=lambda run: (run.start - first.end) % BLOCK)
         yield _chain(first, others, fillers)
 
 
@@ -268,7 +297,7 @@ def _chain(first: _Run, others: Sequence[_Run], fillers: Sequence[PlannedTensor]
     chain = _Chain(list(first.tensors), first.start, first.end, first.shareable)
     hopeless: set[int] = set()
     for run in others:
-        gap = (run.start - chain.end) % PAGE
+        gap = (run.start - chain.end) % BLOCK
         between = None if gap in hopeless else _fill(gap, chain.end, fillers[:_FILLERS_TRIED])
         if between is None:
             hopeless.add(gap)
@@ -291,12 +320,12 @@ def _fill(gap: int, position: int, fillers: Sequence[PlannedTensor]) -> list[Pla
     if gap == 0:
         return []
     usable = [tensor for tensor in fillers if position % tensor.info.alignment == 0]
-    everything = (1 << PAGE) - 1
+    everything = (1 << BLOCK) - 1
     reached = [1]
     for tensor in usable:
-        shift = tensor.info.nbytes % PAGE
+        shift = tensor.info.nbytes % BLOCK
         bits = reached[-1]
-        reached.append(bits | (bits << shift & everything) | bits >> (PAGE - shift))
+        reached.append(bits | (bits << shift & everything) | bits >> (BLOCK - shift))
         if reached[-1] >> gap & 1:
             break
     if not reached[-1] >> gap & 1:
@@ -305,5 +334,5 @@ def _fill(gap: int, position: int, fillers: Sequence[PlannedTensor]) -> list[Pla
     for k in range(len(reached) - 1, 0, -1):
         if not reached[k - 1] >> gap & 1:
             chosen.append(usable[k - 1])
-            gap = (gap - usable[k - 1].info.nbytes) % PAGE
+            gap = (gap - usable[k - 1].info.nbytes) % BLOCK
     return _aligned(chosen)

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self, TypeAlias
 from pydantic import ConfigDict, Field, PrivateAttr, StringConstraints, with_config
 from typing_extensions import TypedDict
 
-from .documents import Document, Model, canonical_json, is_none
+from .documents import Document, Model, canonical_json, is_false, is_none
 from .errors import ManifestError, Problem, UsageError, system_failures
 from .parsing import Text, parse_json, read_bytes
 from .tensors import DTYPE_BITS, Buffer, TensorInfo, algorithm_of, digest_of, row_span, section
@@ -62,6 +62,7 @@ class TensorRecord(Model):
         origin: Where its bytes come from.
         digest: Digest of its raw little-endian bytes.
         rows: The rows that are frozen, where the rest of the tensor trains.
+        inherited: Whether the digests were taken from the base's manifest, not computed.
     """
 
     dtype: str
@@ -70,6 +71,7 @@ class TensorRecord(Model):
     origin: Origin
     digest: DigestText
     rows: FrozenRows | None = Field(default=None, exclude_if=is_none)
+    inherited: bool = Field(default=False, exclude_if=is_false)
 
     @property
     def info(self) -> TensorInfo:
@@ -104,7 +106,11 @@ class TensorRecord(Model):
             chunks: All its bytes.
             info: Its dtype and shape, which may be wider and have more rows.
         """
-        return chunks if self.rows is None else section(chunks, row_span(info, (self.rows.start, self.rows.stop)))
+        return chunks if self.rows is None else section(chunks, self.held_span(info))
+
+    def held_span(self, info: TensorInfo) -> tuple[int, int]:
+        """First byte of the frozen part and the one after its last, of a tensor that stands for this one."""
+        return (0, info.nbytes) if self.rows is None else row_span(info, (self.rows.start, self.rows.stop))
 
 
 class Tool(Model):
@@ -204,6 +210,11 @@ class Manifest(Document):
     def frozen(self) -> dict[str, TensorRecord]:
         """The tensors that training must not change."""
         return {name: record for name, record in self.tensors.items() if record.frozen}
+
+    @property
+    def infos(self) -> dict[str, TensorInfo]:
+        """Dtype and shape of every tensor."""
+        return {name: record.info for name, record in self.tensors.items()}
 
     @property
     def algorithm(self) -> str:

@@ -7,11 +7,11 @@ length times the number of segments, never exponential.
 
 from __future__ import annotations
 
-import difflib
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, count, pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -32,7 +32,7 @@ from .patterns import (
     pick,
     split_name,
 )
-from .wording import shown
+from .wording import closest, shown
 
 __all__ = ["BoolArray", "IntArray", "Names"]
 
@@ -57,19 +57,18 @@ class Names:
         self._children_of = children or {}
         self._layers = layers
         self._index = {name: position for position, name in enumerate(self.names)}
-        self._vocabulary: dict[str, int] = {}
-        intern = self._vocabulary.setdefault
-        rows = [[intern(s, len(self._vocabulary)) for s in split_name(name)] for name in self.names]
+        numbers: defaultdict[str, int] = defaultdict(count().__next__)
+        dotted = [name.replace("/", ".") for name in self.names]
+        segments = chain.from_iterable(name.split(".") for name in dotted)
+        numbered = np.fromiter(map(numbers.__getitem__, segments), np.int64)
+        self._vocabulary = dict(numbers)
         # Deepest names first: the names that have a column d are then a prefix of the rows, and the
         # columns together are no larger than the names, however deep a single one is.
-        depths = np.fromiter(map(len, rows), np.int64, len(rows))
+        depths = np.fromiter((name.count(".") + 1 for name in dotted), np.int64, len(dotted))
         self._order = np.argsort(-depths, kind="stable")
-        rows = [rows[position] for position in self._order]
+        firsts = (np.cumsum(depths) - depths)[self._order]
         ends = np.searchsorted(-depths[self._order], -np.arange(depths.max(initial=0)), side="left")
-        self._columns = [
-            np.fromiter((rows[row][depth] for row in range(end)), np.int64, end)
-            for depth, end in enumerate(ends.tolist())
-        ]
+        self._columns: list[IntArray] = [numbered[firsts[:end] + depth] for depth, end in enumerate(ends.tolist())]
         self._tables: dict[str, BoolArray] = {}
 
     def __len__(self) -> int:
@@ -354,7 +353,7 @@ def _close(text: str, candidates: Sequence[str]) -> list[str]:
     folded: dict[str, str] = {}
     for candidate in candidates[:5000]:
         folded.setdefault(candidate.lower(), candidate)
-    return [folded[match] for match in difflib.get_close_matches(text.lower(), folded, n=3, cutoff=0.5)]
+    return [folded[match] for match in closest(text.lower(), folded)]
 
 
 def _escape(text: str) -> str:

@@ -6,29 +6,24 @@ is visible under its name; a run that fails takes its staging folder away.
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import json
 import os
 import secrets
 import shutil
 import stat
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .checkpoints import Checkpoint
-from .copying import write_all
-from .errors import SystemFailure, UsageError, system_failures
+from . import disk
+from .checkpoints import Checkpoint, StoredFile
+from .copying import Target
+from .errors import CheckpointError, SystemFailure, UsageError, system_failures
 from .manifest import is_file_output, manifest_path
 from .wording import shown
 
 __all__ = ["Staging", "publish_manifest", "refuse_target", "staged"]
 
-_AT_FDCWD = -100
-_RENAME_NOREPLACE = 1
-_RENAME_EXCHANGE = 2
 _OVERWRITE = "--overwrite (overwrite=True) replaces an earlier output"
 
 
@@ -79,8 +74,7 @@ def _refuse_base(target: Path, base: Checkpoint) -> None:
             raise UsageError(itself)
     if base.folder is not None and _real(target).is_relative_to(_real(base.folder)):
         raise UsageError(f"{shown(target)}: lies inside the base {base.label}; choose a place outside it")
-    home = base.folder or (base.path.parent if base.path is not None else Path())
-    if any(_real(home / file.name).is_relative_to(_real(target)) for file in base.files):
+    if any(_real(base.path_of(file)).is_relative_to(_real(target)) for file in base.files):
         raise UsageError(f"{shown(target)}: holds the base {base.label}; choose another place")
 
 
@@ -135,58 +129,78 @@ class Staging:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.published = False
+        self._targets: list[Target] = []
 
-    @contextmanager
-    def create(self, name: str) -> Iterator[int]:
-        """A new file, given as a descriptor and flushed to disk at the end."""
+    def remove(self) -> None:
+        """Take the folder away, with what is left in it."""
+        for target in self._targets:
+            target.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def create(self, name: str, size: int) -> Target:
+        """A new file of a size in bytes, on disk once it is whole; closed at the end if it never is."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            yield descriptor
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        target = Target(disk.create(path), size)
+        self._targets.append(target)
+        return target
 
     def write(self, name: str, content: bytes) -> None:
         """A new small file."""
-        with self.create(name) as descriptor:
-            write_all(descriptor, content)
+        self.create(name, len(content)).write(content, 0)
 
     def copy(self, name: str, source: Path) -> None:
         """A copy of a small file of the base."""
-        with source.open("rb") as file, self.create(name) as descriptor:
+        with source.open("rb") as file:
+            size, position = os.fstat(file.fileno()).st_size, 0
+            target = self.create(name, size)
             while chunk := file.read(1 << 20):
-                write_all(descriptor, chunk)
+                target.write(chunk, position)
+                position += len(chunk)
+        if position != size:
+            raise CheckpointError(f"{shown(source)}: was changed while it was read; nothing was published")
+
+    def link(self, name: str, source: Path, file: StoredFile) -> bool:
+        """Another name for a file of the base, on disk; False where a name on this file system cannot be its."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.hardlink_to(source)
+        except OSError:
+            return False
+        if not os.path.samestat(path.stat(), file.status):
+            raise CheckpointError(f"{shown(source)}: was replaced while it was read; nothing was published")
+        disk.flush(file.descriptor)
+        return True
 
     def publish_folder(self, out: Path, *, overwrite: bool) -> None:
         """Rename the staging folder to its target."""
         for place, _, _ in os.walk(self.folder):
-            _sync_folder(Path(place))
+            disk.flush_folder(Path(place))
         if overwrite and out.is_dir() and any(out.iterdir()):
-            _rename(self.folder, out, _RENAME_EXCHANGE)
+            _exchange(self.folder, out)
         else:
             with suppress(OSError):
                 out.rmdir()  # an empty folder counts as absent; of any other the rename will tell
-            _rename(self.folder, out, _RENAME_NOREPLACE)
+            _move(self.folder, out)
         self.published = True
-        _sync_folder(out.parent)
+        disk.flush_folder(out.parent)
 
     def publish_file(self, name: str, target: Path, *, overwrite: bool) -> None:
         """Rename one staged file to its target."""
         if overwrite:
             (self.folder / name).replace(target)
         else:
-            _rename(self.folder / name, target, _RENAME_NOREPLACE)
+            _move(self.folder / name, target)
         self.published = True
-        _sync_folder(target.parent)
+        disk.flush_folder(target.parent)
 
     @staticmethod
     def withdraw(target: Path) -> None:
         """Remove what would otherwise stand beside an output that it does not describe."""
         with suppress(FileNotFoundError):
             target.unlink()
-            _sync_folder(target.parent)
+            disk.flush_folder(target.parent)
 
 
 @contextmanager
@@ -217,7 +231,7 @@ def staged(target: Path, size: int) -> Iterator[Staging]:
         done = "what was published may not be whole or on disk" if staging.published else "nothing was published"
         raise SystemFailure(f"{label}: {failure.strerror or failure}; {done}") from failure
     finally:
-        shutil.rmtree(staging.folder, ignore_errors=True)
+        staging.remove()
 
 
 def publish_manifest(content: bytes, path: Path, *, overwrite: bool) -> None:
@@ -233,37 +247,16 @@ def publish_manifest(content: bytes, path: Path, *, overwrite: bool) -> None:
         staging.publish_file(path.name, path, overwrite=overwrite)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _move(source: Path, target: Path) -> None:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        disk.move(source, target)
+    except FileExistsError:
+        raise UsageError(f"{shown(target)}: appeared while the output was made; nothing was published") from None
 
 
-def _rename(source: Path, target: Path, flag: int) -> None:
-    """``renameat2(2)``: without replacing, or exchanging the two."""
-    renameat2 = _renameat2()
-    if renameat2 is not None:
-        if renameat2(os.fsencode(source), os.fsencode(target), flag) == 0:
-            return
-        code = ctypes.get_errno()
-        if code == errno.EEXIST:
-            raise UsageError(f"{shown(target)}: appeared while the output was made; nothing was published")
-        if code not in (errno.ENOSYS, errno.EINVAL):
-            raise OSError(code, os.strerror(code), str(target))
-    if flag == _RENAME_EXCHANGE:
-        raise SystemFailure(f"{shown(target)}: this system cannot exchange two folders; remove the old output first")
-    if os.path.lexists(target):
-        raise UsageError(f"{shown(target)}: appeared while the output was made; nothing was published")
-    source.rename(target)
-
-
-def _renameat2() -> Callable[[bytes, bytes, int], int] | None:
-    if sys.platform != "linux":
-        return None
-    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if function is None:
-        return None
-    function.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
-    return lambda source, target, flag: int(function(_AT_FDCWD, source, _AT_FDCWD, target, flag))
+def _exchange(staged: Path, out: Path) -> None:
+    try:
+        disk.exchange(staged, out)
+    except NotImplementedError:
+        message = f"{shown(out)}: this system cannot exchange two folders; remove the old output first"
+        raise SystemFailure(message) from None

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, WithJs
 from .documents import Document, Model, canonical_json, fail, is_none, suggest
 from .errors import Problem, SpecError
 from .initializer_arguments import Init
-from .parsing import Place, Text, describe_place, read_text
+from .parsing import Place, Text, describe_place
 from .tensors import DTYPE_BITS, digest_of
 from .wording import shown
 
@@ -298,4 +298,6 @@ def load_spec(path: str | Path) -> Spec:
         SpecError: with every problem at once, each with its line and path.
         UsageError: if there is no such file.
     """
+    from .reading import read_text  # here, for YAML's own import costs as much as a small spec
+
     return Spec.from_text(read_text(Path(path), SpecError))

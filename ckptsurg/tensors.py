@@ -18,6 +18,7 @@ __all__ = [
     "ALGORITHMS",
     "CHUNK_BYTES",
     "DTYPE_BITS",
+    "FLOATS",
     "MAX_RANK",
     "Buffer",
     "Digester",
@@ -27,6 +28,7 @@ __all__ = [
     "digest_of",
     "refuse_unstorable",
     "row_span",
+    "same_bytes",
     "section",
     "sections",
 ]
@@ -66,6 +68,9 @@ DTYPE_BITS: dict[str, int] = {
     "I64": 64,
     "U64": 64,
 }
+
+#: Dtypes with fractions that optimizers train in.
+FLOATS = frozenset(("F16", "BF16", "F32", "F64"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,17 +156,21 @@ class _Hash(Protocol):
     def hexdigest(self) -> str: ...
 
 
-_THREADS = [blake3.AUTO]
+_IS_CHILD = [False]
 # The threads of a process do not survive its fork, and whoever waits for them waits for good.
-os.register_at_fork(after_in_child=lambda: _THREADS.__setitem__(0, 1))
+os.register_at_fork(after_in_child=lambda: _IS_CHILD.__setitem__(0, True))
 
 
-def _blake3() -> _Hash:
-    return blake3(max_threads=_THREADS[0])
+def _blake3(threads: int | None) -> _Hash:
+    return blake3(max_threads=1 if _IS_CHILD[0] else threads or blake3.AUTO)
 
 
-#: Digest algorithms by name; both have 32 bytes of output.
-ALGORITHMS: dict[str, Callable[[], _Hash]] = {"blake3": _blake3, "sha256": hashlib.sha256}
+def _sha256(threads: int | None) -> _Hash:
+    return hashlib.sha256()
+
+
+#: Digest algorithms by name, given how many threads may work; both have 32 bytes of output. SHA-256 is for one thread.
+ALGORITHMS: dict[str, Callable[[int | None], _Hash]] = {"blake3": _blake3, "sha256": _sha256}
 
 
 class Digester:
@@ -169,10 +178,11 @@ class Digester:
 
     Args:
         algorithm: One of ``ALGORITHMS``.
+        threads: How many threads may work on it; None for all there are.
     """
 
-    def __init__(self, algorithm: str) -> None:
-        self._algorithm, self._hash = algorithm, ALGORITHMS[algorithm]()
+    def __init__(self, algorithm: str, threads: int | None = None) -> None:
+        self._algorithm, self._hash = algorithm, ALGORITHMS[algorithm](threads)
 
     def update(self, data: Buffer) -> None:
         self._hash.update(data)
@@ -187,6 +197,11 @@ def digest_of(chunks: Iterable[Buffer], algorithm: str = "blake3") -> str:
     for chunk in chunks:
         digester.update(chunk)
     return str(digester)
+
+
+def same_bytes(one: bytearray, other: Buffer) -> bool:
+    """Whether two buffers hold the same bytes. A bytearray is compared as memory, where a view goes item by item."""
+    return one == other
 
 
 def row_span(info: TensorInfo, rows: tuple[int, int]) -> tuple[int, int]:

@@ -9,11 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .numpy_types import element_type
+from .tensors import FLOATS
 
-__all__ = ["FEW_ULPS", "FLOATS", "SCATTERED", "Traits", "differ", "values"]
-
-#: Dtypes with fractions that optimizers train in.
-FLOATS = frozenset(("F16", "BF16", "F32", "F64"))
+__all__ = ["FEW_ULPS", "SCATTERED", "Traits", "differ", "values"]
 
 #: Fewer elements than so many may share a ratio by chance.
 _LEAST_RATED = 8

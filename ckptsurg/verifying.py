@@ -1,22 +1,28 @@
-"""Manifest x tensors -> report. One code path for files, folders and live models."""
+"""Manifest x tensors -> report. One code path for files, folders and live models.
+
+What looks into differences needs numpy, and is imported once there is one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import NoReturn
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
-from .comparing import compare, is_wider, narrowed_digest, same_bits, was_cast
-from .errors import CheckpointError, UsageError
+from .baselines import Baseline
+from .checkpoints import Extent, extents_of
+from .errors import UsageError
 from .manifest import Manifest, TensorRecord
 from .metering import Meter, Progress
 from .renaming import Renaming, align, common_prefix, renamed, unwrapped
-from .report import Difference, DiffReport, Report
-from .settling import Evidence, with_causes
-from .tensors import DTYPE_BITS, Buffer, TensorInfo, TensorSource, algorithm_of, digest_of, refuse_unstorable
-from .traits import FLOATS, Traits
+from .report import Difference, Report
+from .scanning import digests
+from .tensors import DTYPE_BITS, FLOATS, Buffer, TensorInfo, TensorSource, algorithm_of, digest_of
 from .wording import shown
 
-__all__ = ["check_root", "diff", "verify"]
+if TYPE_CHECKING:
+    from .traits import Traits
+
+__all__ = ["check_root", "verify"]
 
 
 def check_root(manifest: Manifest, digest: str) -> None:
@@ -43,6 +49,8 @@ def verify(
     saved: bool = True,
     also_given: Collection[str] = (),
     note: str | None = None,
+    only: Collection[str] | None = None,
+    jobs: int = 1,
     progress: Progress | None = None,
 ) -> Report:
     """Prove that every frozen tensor has the bits that the manifest records.
@@ -50,7 +58,8 @@ def verify(
     Args:
         manifest: What must hold.
         trained: What came back from training.
-        baseline: The tensors that the manifest describes; with them the report says where tensors differ.
+        baseline: The tensors that the manifest describes; with them the report says where tensors differ. What lies in
+            files on both sides is compared with it byte by byte, and only where it differs are digests computed.
         names: From names of ``trained`` to names of the manifest.
         prefix: Taken off the names of ``trained``.
         exact: Whether tensors that the manifest lacks, and trainable ones that are missing, count.
@@ -60,22 +69,31 @@ def verify(
         saved: Whether ``trained`` was saved, so that what it lacks was left out; a live model is not.
         also_given: Further names of the other side, that stand for none of the manifest's.
         note: What the report says besides.
+        only: Names of the tensors that are looked at; None for all.
+        jobs: How many threads read what lies in files as it is.
         progress: Told how many bytes are read.
 
     Raises:
         ManifestError: if nothing is frozen.
-        UsageError: if names do not fit, or the baseline is not what the manifest describes.
+        UsageError: if names do not fit, nothing of ``only`` is frozen, or the baseline is not what the manifest
+            describes.
     """
     manifest.require_frozen()
     given = trained.tensors
     partners = align(manifest.tensors, renamed(given, names, prefix))
-    frozen = manifest.frozen
-    before = None if baseline is None else _Baseline(manifest, baseline)
-    trainable = {name: record for name, record in manifest.tensors.items() if record.trains} if expect_trained else {}
-    read = [
-        record.info.nbytes for records in (frozen, trainable) for name, record in records.items() if name in partners
-    ]
+    records = manifest.tensors if only is None else _asked_for(manifest, only, partners)
+    frozen = {name: record for name, record in records.items() if record.frozen}
+    before = None if baseline is None else Baseline(manifest, baseline)
+    trainable = {name: record for name, record in records.items() if record.trains} if expect_trained else {}
+    read = [record.info.nbytes for some in (frozen, trainable) for name, record in some.items() if name in partners]
     meter = Meter(sum(read), progress)
+    held = _lying(frozen, trained, partners)
+    known: dict[str, str] = {}
+    if before is not None:
+        known = {name: frozen[name].held_digest for name in before.equal(held, trained, meter, jobs)}
+        note = _joined(note, before.note(len(known)))
+    rest = {name: (extent, algorithm_of(frozen[name].digest)) for name, extent in held.items() if name not in known}
+    known |= digests(rest, trained.label, meter, jobs)
     drifted: list[Difference] = []
     traits: dict[str, Traits] = {}
     for name, record in frozen.items():
@@ -83,7 +101,7 @@ def verify(
         if partner is None:
             drifted.append(Difference(name=name, verdict="missing"))
             continue
-        difference = _check(name, record, trained, partner, meter)
+        difference = _check(name, record, trained, partner, known.get(name), meter)
         if difference is not None and before is not None:
             difference, how = before.locate(difference, record, trained, partner)
             if how is not None:
@@ -91,27 +109,30 @@ def verify(
         if difference is not None:
             drifted.append(difference)
     drifted = _without_absent_twins(manifest, drifted)
-    bad = {difference.name for difference in drifted}
-    vectors = [name for name, r in frozen.items() if len(r.shape) == 1 and r.dtype in FLOATS and name not in bad]
-    evidence = Evidence(
-        names=manifest.tensors.keys(),
-        given={unwrapped(name) for name in (*given, *also_given)} if drifted else (),
-        ranks={name: len(record.shape) for name, record in frozen.items() if record.dtype in FLOATS},
-        saved=saved,
-        witnessed=witnessed,
-        traits=traits,
-        twins=_moving_twins(manifest, drifted, trained, partners),
-        recognised=bool(partners),
-        uniform={name for name in vectors if traits and _is_uniform(trained, partners[name])},
-        standing=_standing_counters(frozen, bad),
-    )
-    drifted = with_causes(drifted, evidence)
+    if drifted:
+        from .settling import Evidence, with_causes
+
+        bad = {difference.name for difference in drifted}
+        vectors = [name for name, r in frozen.items() if len(r.shape) == 1 and r.dtype in FLOATS and name not in bad]
+        evidence = Evidence(
+            names=manifest.tensors.keys(),
+            given={unwrapped(name) for name in (*given, *also_given)},
+            ranks={name: len(record.shape) for name, record in frozen.items() if record.dtype in FLOATS},
+            saved=saved,
+            witnessed=witnessed,
+            traits=traits,
+            twins=_moving_twins(manifest, drifted, trained, partners),
+            recognised=bool(partners),
+            uniform={name for name in vectors if traits and _is_uniform(trained, partners[name])},
+            standing=_standing_counters(frozen, bad),
+        )
+        drifted = with_causes(drifted, evidence)
     if not any(name in partners for name in frozen):
         drifted = _with_prefix_hint(manifest, drifted, given)
     taken = set(partners.values())
     extra = tuple(name for name in given if name not in taken)
-    lacking = tuple(name for name, record in manifest.tensors.items() if not record.frozen and name not in partners)
-    untrained = tuple(_untrained(trainable, trained, partners, meter)) if expect_trained else None
+    lacking = tuple(name for name, record in records.items() if not record.frozen and name not in partners)
+    untrained = tuple(_untrained(trainable, trained, partners, meter, jobs)) if expect_trained else None
     accepted = {"dtype_only"} if allow_widened else set()
     ok = all(difference.verdict in accepted for difference in drifted) and not (exact and (extra or lacking))
     ok = ok and not untrained
@@ -145,8 +166,51 @@ def _standing_counters(frozen: Mapping[str, TensorRecord], bad: Collection[str])
     }
 
 
-def _check(name: str, record: TensorRecord, trained: TensorSource, partner: str, meter: Meter) -> Difference | None:
-    """One frozen tensor against its record; None if it has its dtype, shape and bits."""
+def _asked_for(manifest: Manifest, only: Collection[str], partners: Mapping[str, str]) -> Mapping[str, TensorRecord]:
+    """The records of these tensors; of one that is not there also of its twins, which may stand for it."""
+    names = set(only)
+    names.update(*(group for group in manifest.tied if any(name in names and name not in partners for name in group)))
+    records = {name: record for name, record in manifest.tensors.items() if name in names}
+    if not any(record.frozen for record in records.values()):
+        raise UsageError("nothing that was asked for is frozen: there is nothing to prove", hint=_ONLY)
+    return records
+
+
+_ONLY = "`ckptsurg inspect` shows what a pattern selects"
+
+
+def _lying(records: Mapping[str, TensorRecord], source: TensorSource, partners: Mapping[str, str]) -> dict[str, Extent]:
+    """Where in files the frozen parts of tensors lie as they are, by the manifest's names."""
+    extents = extents_of(source)
+    found = {}
+    for name, record in records.items():
+        partner = partners.get(name, "")
+        if partner not in extents or source.tensors[partner].dtype != record.dtype:
+            continue
+        if _has_room(info := source.tensors[partner], record):
+            found[name] = extents[partner].part(*record.held_span(info))
+    return found
+
+
+def _joined(*notes: str | None) -> str | None:
+    return "; ".join(note for note in notes if note) or None
+
+
+def _check(
+    name: str, record: TensorRecord, trained: TensorSource, partner: str, known: str | None, meter: Meter
+) -> Difference | None:
+    """One frozen tensor against its record; None if it has its dtype, shape and bits.
+
+    Args:
+        name: Its name in the manifest.
+        record: Its record.
+        trained: Where it is.
+        partner: Its name there.
+        known: The digest of its frozen part, if that is known by now.
+        meter: Told what is read for it.
+    """
+    if known is not None:
+        return None if known == record.held_digest else Difference(name=name, verdict="changed")
     info, algorithm = trained.tensors[partner], algorithm_of(record.digest)
     expected = {"expected": str(record.info), "found": str(info)}
     if not _has_room(info, record):
@@ -162,6 +226,8 @@ def _digest_in(dtype: str, chunks: Iterable[Buffer], own: str, algorithm: str) -
     """The digest of a tensor of that dtype, or of one that is wider without need; None if it is neither."""
     if own == dtype:
         return digest_of(chunks, algorithm)
+    from .comparing import is_wider, narrowed_digest
+
     return narrowed_digest(chunks, own, dtype, algorithm) if is_wider(own, dtype) else None
 
 
@@ -173,16 +239,26 @@ def _has_room(info: TensorInfo, record: TensorRecord) -> bool:
 
 
 def _untrained(
-    trainable: Mapping[str, TensorRecord], trained: TensorSource, partners: Mapping[str, str], meter: Meter
+    trainable: Mapping[str, TensorRecord], trained: TensorSource, partners: Mapping[str, str], meter: Meter, jobs: int
 ) -> Iterator[str]:
     """Trainable tensors of numbers with fractions that are what they were, or are not there."""
+    trainable = {name: record for name, record in trainable.items() if record.dtype in FLOATS and record.info.elements}
+    extents = extents_of(trained)
+    lying = {
+        name: (extents[partners[name]], algorithm_of(record.digest))
+        for name, record in trainable.items()
+        if partners.get(name) in extents and trained.tensors[partners[name]] == record.info
+    }
+    known = digests(lying, trained.label, meter, jobs)
     moved = set()
     still = []
     for name, record in trainable.items():
-        if record.dtype not in FLOATS or not record.info.elements:
-            continue
         partner = partners.get(name)
-        if partner is None or _has_digest(record, trained, partner, meter):
+        if name in known:
+            stands = known[name] == record.digest
+        else:
+            stands = partner is None or _has_digest(record, trained, partner, meter)
+        if stands:
             still.append(name)
         else:
             moved.add(record.digest)
@@ -206,6 +282,8 @@ def _moving_twins(
     changed = {one.name: manifest.tensors[one.name] for one in drifted if one.verdict == "changed"}
     changed = {name: record for name, record in changed.items() if len(record.shape) >= 2 and record.rows is None}
     by_digest = {record.digest: name for name, record in changed.items()}
+    from .comparing import same_bits
+
     found = set()
     for other, record in manifest.tensors.items():
         name = by_digest.get(record.digest)
@@ -214,55 +292,6 @@ def _moving_twins(
         if same_bits(trained.read(partners[name]), trained.read(partners[other])):
             found.add(name)
     return found
-
-
-class _Baseline:
-    """The tensors that a manifest describes, with which changes are located.
-
-    Raises:
-        UsageError: if they are not those tensors.
-    """
-
-    def __init__(self, manifest: Manifest, source: TensorSource) -> None:
-        self._source = source
-        self._partners = align(manifest.tensors, {name: name for name in source.tensors})
-        for name, record in manifest.frozen.items():
-            if name not in self._partners or source.tensors[self._partners[name]] != record.info:
-                self._refuse(name, "is missing, or has another dtype or shape")
-
-    def _refuse(self, name: str, reason: str) -> NoReturn:
-        raise UsageError(
-            f'{self._source.label}: is not the baseline of this manifest: "{shown(name)}" {reason}',
-            hint="the baseline is the output that the manifest was published with",
-        )
-
-    def locate(
-        self, difference: Difference, record: TensorRecord, trained: TensorSource, partner: str
-    ) -> tuple[Difference, Traits | None]:
-        """A change with its place, its size and its traits."""
-        if difference.verdict not in ("changed", "dtype"):
-            return difference, None
-        own, info = self._partners[difference.name], trained.tensors[partner]
-        if digest_of(self._source.read(own), algorithm_of(record.digest)) != record.digest:
-            self._refuse(difference.name, "has other bits")
-
-        def before() -> Iterator[Buffer]:
-            return iter(record.held_bytes(self._source.read(own), record.info))
-
-        def after() -> Iterator[Buffer]:
-            return iter(record.held_bytes(trained.read(partner), info))
-
-        if difference.verdict == "dtype":
-            cast = was_cast(before, after, record.dtype, info.dtype)
-            return difference, Traits.of_cast(info.dtype) if cast else None
-        found = compare(before, after, record.held)
-        if found is None:
-            return difference, None
-        verdict, detail, traits = found
-        if record.rows is not None:
-            first, *rest = detail.first_index
-            detail = detail.model_copy(update={"first_index": (first + record.rows.start, *rest)})
-        return Difference(name=difference.name, verdict=verdict, detail=detail), traits
 
 
 def _without_absent_twins(manifest: Manifest, drifted: list[Difference]) -> list[Difference]:
@@ -292,61 +321,3 @@ def _with_prefix_hint(
         return drifted
     hint = {"hint": f"all of them stand under one prefix; verify with --prefix {shown(prefix)} (in Python prefix=)"}
     return [Difference(name=difference.name, verdict="missing", detail=hint) for difference in drifted]
-
-
-def diff(a: TensorSource, b: TensorSource, *, progress: Progress | None = None) -> DiffReport:
-    """Compare two checkpoints or models, tensor by tensor, bit by bit.
-
-    Raises:
-        UsageError: if a dtype is one that safetensors does not have.
-        CheckpointError: if one of them changes meanwhile.
-        SystemFailure: if one of them cannot be read.
-    """
-    for source in (a, b):
-        refuse_unstorable(source.label, source.tensors)
-    meter = Meter(sum(info.nbytes for name, info in a.tensors.items() if b.tensors.get(name) == info), progress)
-    differences: list[Difference] = []
-    traits: dict[str, Traits] = {}
-    for name, info in a.tensors.items():
-        other = b.tensors.get(name)
-        if other is None:
-            differences.append(Difference(name=name, verdict="removed"))
-        elif other != info:
-            differences.append(_differing_info(name, a, b))
-        elif not same_bits(meter.over(a.read(name)), b.read(name)):
-            found = compare(_reader(a, name), _reader(b, name), info)
-            if found is None:
-                raise CheckpointError(f'{a.label}, {b.label}: "{shown(name)}" changed while it was compared')
-            differences.append(Difference(name=name, verdict=found[0], detail=found[1]))
-            traits[name] = found[2]
-    changed = {difference.name for difference in differences}
-    evidence = Evidence(
-        names=a.tensors.keys(),
-        given={unwrapped(name) for name in b.tensors} if differences else (),
-        ranks={name: len(info.shape) for name, info in a.tensors.items() if info.dtype in FLOATS},
-        traits=traits,
-        standing={name for name in a.tensors if name not in changed and _has_counted(a, name)} if changed else (),
-    )
-    differences = with_causes(differences, evidence)
-    differences += [Difference(name=name, verdict="added") for name in b.tensors if name not in a.tensors]
-    return DiffReport(ok=not differences, tensors=tuple(differences))
-
-
-def _has_counted(source: TensorSource, name: str) -> bool:
-    return name.endswith("num_batches_tracked") and any(any(bytes(chunk)) for chunk in source.read(name))
-
-
-def _reader(source: TensorSource, name: str) -> Callable[[], Iterator[Buffer]]:
-    return lambda: source.read(name)
-
-
-def _differing_info(name: str, a: TensorSource, b: TensorSource) -> Difference:
-    one, other = a.tensors[name], b.tensors[name]
-    detail = {"expected": str(one), "found": str(other)}
-    if one.shape != other.shape:
-        return Difference(name=name, verdict="shape", detail=detail)
-    narrow, wide = (a, b) if is_wider(other.dtype, one.dtype) else (b, a)
-    n, w = narrow.tensors[name].dtype, wide.tensors[name].dtype
-    if is_wider(w, n) and narrowed_digest(wide.read(name), w, n, "blake3") == digest_of(narrow.read(name)):
-        return Difference(name=name, verdict="dtype_only", detail=detail)
-    return Difference(name=name, verdict="dtype", detail=detail)

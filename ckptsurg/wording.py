@@ -1,11 +1,11 @@
-"""How things are put into words: names that are safe to print, counts, lists."""
+"""How things are put into words: names that are safe to print, counts, lists, near misses."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable
 
-__all__ = ["counted", "enumerate_names", "shown"]
+__all__ = ["closest", "counted", "enumerate_names", "shown", "size"]
 
 _INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
@@ -36,3 +36,26 @@ def enumerate_names(names: Iterable[str], limit: int = 5) -> str:
 def counted(count: int, thing: str = "tensor") -> str:
     """``1 tensor``, ``2,048 tensors``."""
     return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
+
+
+def size(count: float) -> str:
+    """``102.5 MB``, in powers of ten."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def closest(word: str, known: Iterable[str], limit: int = 3, cutoff: float = 0.5) -> list[str]:
+    """What looks like a word, most alike first.
+
+    Args:
+        word: What was written.
+        known: What may have been meant.
+        limit: How many at most.
+        cutoff: The least likeness, from 0 to 1.
+    """
+    from difflib import get_close_matches  # here, for most runs have no slip to explain
+
+    return get_close_matches(word, list(known), limit, cutoff)

@@ -284,7 +284,7 @@ EDITS = {
     "tensors/of.F32/frozen": False,
     "tensors/of.F32/dtype": "I32",
     "tensors/of.F32/shape": [8, 3],
-    "tensors/of.F32/inherited": True,
+    "tensors/of.F32/from": True,
     "tensors/of.F32/rows": {"start": 0, "stop": 1, "digest": f"sha256:{'0' * 64}"},
     "tensors/head.weight/digest": f"sha256:{'0' * 64}",
     "tensors/head.weight/frozen": 0,

@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,11 +23,11 @@ def _imported_after(code: str) -> set[str]:
     return set(done.stderr.split())
 
 
-def _command(*arguments: object) -> str:
+def _command(*arguments: object, code: int = 0) -> str:
     return (
         f"sys.argv = {['ckptsurg', *map(str, arguments)]!r}\n"
         "from ckptsurg.cli import main\n"
-        "try:\n    main()\nexcept SystemExit as exit:\n    assert exit.code == 0, exit.code"
+        f"try:\n    main()\nexcept SystemExit as exit:\n    assert exit.code == {code}, exit.code"
     )
 
 
@@ -53,8 +54,49 @@ def test_commands_on_files_pull_in_no_framework(tmp_path):
         assert not _imported_after(_command(*arguments)) & FRAMEWORKS
 
 
-def test_help_needs_neither_numpy_nor_pydantic():
-    assert not _imported_after(_command("rewrite", "--help")) & {"numpy", "pydantic", "rich"}
+#: What would hold up the start of a command that has no use for it.
+SLOW = {"h5py", "ml_dtypes", "numpy", "pydantic", "re2", "rich", "yaml"}
+
+
+@pytest.mark.parametrize(
+    ("command", "needed"),
+    [
+        ("--help", set()),
+        ("rewrite --help", set()),
+        *((f"schema {document}", {"pydantic"}) for document in ("spec", "plan", "manifest", "report")),
+        ("inspect base.safetensors", {"pydantic", "rich"}),
+        ("inspect base.safetensors --json", {"pydantic"}),
+        ("inspect base.safetensors fc", {"numpy", "pydantic", "rich"}),
+        ("plan spec.yaml base.safetensors", {"numpy", "pydantic", "rich", "yaml"}),
+        ("manifest spec.yaml base.safetensors -o new.json", {"numpy", "pydantic", "yaml"}),
+        ("rewrite spec.yaml base.safetensors -o out", {"numpy", "pydantic", "yaml"}),
+        ("diff base.safetensors base.safetensors", {"pydantic"}),
+        ("verify freeze.json base.safetensors", {"pydantic"}),
+        ("verify freeze.json base.safetensors --json", {"pydantic"}),
+    ],
+)
+def test_a_command_imports_what_it_needs_and_no_more(tmp_path, monkeypatch, command, needed):
+    monkeypatch.chdir(tmp_path)
+    _write_checkpoint("base.safetensors")
+    assert _imported_after(_command(*command.split())) & (SLOW | FRAMEWORKS) == needed
+
+
+def test_numpy_is_imported_to_look_into_a_difference(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _write_checkpoint("base.safetensors")
+    raw = bytearray(Path("base.safetensors").read_bytes())
+    raw[-1] ^= 1
+    Path("trained.safetensors").write_bytes(raw)
+    imported = _imported_after(_command("verify", "freeze.json", "trained.safetensors", code=1))
+    assert "numpy" in imported
+    assert not imported & FRAMEWORKS
+
+
+def _write_checkpoint(name: str) -> None:
+    """A checkpoint, a spec that freezes it, and its manifest."""
+    save_file({"fc.weight": torch.randn(3, 4), "body": torch.randn(3)}, name)
+    Path("spec.yaml").write_text('version: 1\nfreeze: "**"\n')
+    ckptsurg.write_manifest(ckptsurg.make_manifest("spec.yaml", name), "freeze.json")
 
 
 def test_public_names_are_sorted_and_there():

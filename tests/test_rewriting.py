@@ -333,11 +333,13 @@ def test_a_base_that_changes_meanwhile_is_noticed(single, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["out", "out.safetensors"])
 def test_a_base_that_is_cut_short_meanwhile(single, tmp_path, name):
+    save_file({"a": torch.zeros(9 << 20, dtype=torch.uint8)}, single)
+
     def cut(done: int, total: int) -> None:
         os.truncate(single, 2000)
 
     with pytest.raises(ckptsurg.CheckpointError, match="was cut short while it was read: expected"):
-        ckptsurg.rewrite(PLAIN, single, tmp_path / name, progress=cut)
+        ckptsurg.rewrite(PLAIN, single, tmp_path / name, jobs=1, progress=cut)
     assert [path.name for path in tmp_path.iterdir()] == ["base.safetensors"]
 
 

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -322,3 +323,82 @@ def test_diff_names_every_difference(tmp_path):
     assert found == {"a": "sign_of_zero", "b": "dtype_only", "c": "shape", "d": "removed", "f": "added"}
     assert not report.ok
     assert ckptsurg.diff(one, tmp_path / "a.safetensors").ok
+
+
+# --- Read in threads --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Tensors of several buffers each, the first of an odd length; and where in the file each begins."""
+    folder = tmp_path_factory.mktemp("large")
+    rng = np.random.default_rng(0)
+    tensors = {"a": rng.integers(0, 256, (5 << 20) + 1, np.uint8), "b": rng.integers(0, 256, (3 << 20) + 7, np.uint8)}
+    tensors |= {f"c.{i}": rng.integers(0, 256, 100 + i, np.uint8) for i in range(50)}
+    safetensors.numpy.save_file(tensors, folder / "base.safetensors")
+    manifest = ckptsurg.make_manifest("**", folder / "base.safetensors")
+    with ckptsurg.open_checkpoint(folder / "base.safetensors") as base:
+        return folder, manifest, {name: base.extents[name] for name in base.tensors}
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_one_flipped_bit_is_found_wherever_buffers_begin_and_end(large, tmp_path, jobs):
+    folder, manifest, extents = large
+    raw = bytearray((folder / "base.safetensors").read_bytes())
+    places = [(name, place) for name in ("a", "b", "c.7") for place in (0, extents[name].length - 1)]
+    for border in range(2 << 20, len(raw), 2 << 20):
+        name = next(name for name, one in extents.items() if one.offset <= border < one.offset + one.length)
+        places += [(name, border - extents[name].offset - shift) for shift in (0, 1)]
+    for name, place in places:
+        raw[extents[name].offset + place] ^= 4
+        (tmp_path / "moved.safetensors").write_bytes(raw)
+        raw[extents[name].offset + place] ^= 4
+        assert _verdicts(ckptsurg.verify(manifest, tmp_path / "moved.safetensors", jobs=jobs)) == {name: "changed"}
+        located = ckptsurg.verify(manifest, tmp_path / "moved.safetensors", folder / "base.safetensors", jobs=jobs)
+        assert _verdicts(located) == {name: "changed"} and located.drifted[0].detail.first_index == (place,)
+        found = ckptsurg.diff(folder / "base.safetensors", tmp_path / "moved.safetensors", jobs=jobs)
+        assert [(one.name, one.detail.first_index) for one in found.tensors] == [(name, (place,))]
+
+
+def test_of_what_was_not_asked_for_nothing_is_read(large, tmp_path):
+    folder, manifest, extents = large
+    raw = bytearray((folder / "base.safetensors").read_bytes())
+    raw[extents["b"].offset] ^= 1
+    (tmp_path / "moved.safetensors").write_bytes(raw)
+    told = []
+    report = ckptsurg.verify(
+        manifest, tmp_path / "moved.safetensors", only=["c", "a", "!c.0"], progress=lambda *one: told.append(one)
+    )
+    assert report.ok and report.verified == 50 and report.note == "only c, a, !c.0 was asked for"
+    size = sum(extents[name].length for name in ("a", *(f"c.{i}" for i in range(1, 50))))
+    assert told[-1] == (size, size)
+    assert _verdicts(ckptsurg.verify(manifest, tmp_path / "moved.safetensors", only="b")) == {"b": "changed"}
+    with pytest.raises(ckptsurg.SpecError, match='"d" matches nothing; at that place there are: a, b, c'):
+        ckptsurg.verify(manifest, folder / "base.safetensors", only="d")
+
+
+def test_a_twin_is_looked_at_for_one_that_is_missing(published):
+    def untie(tensors):
+        del tensors["lm_head.weight"]
+        tensors["embed.weight"] += 1
+
+    assert _verify(published, lambda t: {n: one for n, one in t.items() if n != "lm_head.weight"}, only="lm_head").ok
+    report = _verify(published, untie, only="lm_head")
+    assert _verdicts(report) == {"embed.weight": "changed", "lm_head.weight": "missing"}
+    with pytest.raises(ckptsurg.UsageError, match="nothing that was asked for is frozen"):
+        _verify(published, lambda t: None, only="fc")
+
+
+def test_who_gives_a_baseline_vouches_for_it(published):
+    """Bytes are compared, nothing is hashed, and the report says so; a file does not vouch for itself."""
+    report = _verify(published, lambda t: None, baseline=published / "out")
+    assert report.ok and report.note == (
+        f"6 tensors compared with {published / 'out'} byte by byte, so no digest was computed"
+    )
+    trained = published / "trained.safetensors"
+    assert ckptsurg.verify(published / "out", trained, baseline=trained).note is None
+    _verify(published, lambda t: t["steps"].add_(1) and None)
+    (published / "vouched.safetensors").write_bytes(trained.read_bytes())
+    assert ckptsurg.verify(published / "out", trained, baseline=published / "vouched.safetensors").ok
+    with pytest.raises(ckptsurg.UsageError, match="is not the baseline of this manifest"):
+        ckptsurg.verify(published / "out", trained, baseline=trained)

@@ -41,6 +41,15 @@ _max_shard_size = click.option(
 _keep_other_weights = click.option(
     "--keep-other-weights", is_flag=True, help="Bring other files of weights in the base's folder along."
 )
+_link = click.option(
+    "--link", is_flag=True, help="Hard-link shards that stay as they are: whoever writes to one then writes to both."
+)
+_trust_base_manifest = click.option(
+    "--trust-base-manifest",
+    is_flag=True,
+    help="Take digests of copied tensors from the manifest that CKPT was published with.",
+)
+_jobs = click.option("--jobs", metavar="N", type=click.IntRange(min=1), help="How many threads. Default: all cores.")
 
 
 class ReaderGone(Exception):
@@ -122,6 +131,9 @@ def plan(spec: Path, ckpt: Path, model: str | None, as_json: bool) -> None:
 @_max_shard_size
 @_digest
 @_keep_other_weights
+@_link
+@_trust_base_manifest
+@_jobs
 @_model
 @_json
 def rewrite(
@@ -133,6 +145,9 @@ def rewrite(
     max_shard_size: str | None,
     digest: str,
     keep_other_weights: bool,
+    link: bool,
+    trust_base_manifest: bool,
+    jobs: int | None,
     model: str | None,
     as_json: bool,
 ) -> None:
@@ -151,6 +166,9 @@ def rewrite(
             max_shard_size=max_shard_size,
             digest=digest,
             keep_other_weights=keep_other_weights,
+            link=link,
+            trust_base_manifest=trust_base_manifest,
+            jobs=jobs,
             progress=advance,
         )
     if as_json:
@@ -165,6 +183,8 @@ def rewrite(
 @click.option("--overwrite", is_flag=True, help="Replace a file; a folder only if it holds a freeze.json.")
 @_max_shard_size
 @_keep_other_weights
+@_link
+@_jobs
 @_model
 @_json
 def convert(
@@ -173,6 +193,8 @@ def convert(
     overwrite: bool,
     max_shard_size: str | None,
     keep_other_weights: bool,
+    link: bool,
+    jobs: int | None,
     model: str | None,
     as_json: bool,
 ) -> None:
@@ -191,6 +213,8 @@ def convert(
             overwrite=overwrite,
             max_shard_size=max_shard_size,
             keep_other_weights=keep_other_weights,
+            link=link,
+            jobs=jobs,
             progress=advance,
         )
     if as_json:
@@ -205,16 +229,30 @@ def convert(
 @_path_option("-o", "--output", "out", required=True, help="The manifest to write.")
 @_overwrite
 @_digest
+@_trust_base_manifest
+@_jobs
 @_model
 @_json
-def manifest(spec: Path, ckpt: Path, out: Path, overwrite: bool, digest: str, model: str | None, as_json: bool) -> None:
+def manifest(
+    spec: Path,
+    ckpt: Path,
+    out: Path,
+    overwrite: bool,
+    digest: str,
+    trust_base_manifest: bool,
+    jobs: int | None,
+    model: str | None,
+    as_json: bool,
+) -> None:
     """Write the manifest of a checkpoint that is trained as it is."""
     from ..api import make_manifest, write_manifest
     from ..coercing import opened_with
     from . import rendering
 
     with opened_with(model, ckpt) as [base], rendering.progress("manifest") as advance:
-        result = make_manifest(spec, base, digest=digest, progress=advance)
+        result = make_manifest(
+            spec, base, digest=digest, trust_base_manifest=trust_base_manifest, jobs=jobs, progress=advance
+        )
     write_manifest(result, out, overwrite=overwrite)
     if as_json:
         _print_document(result)
@@ -225,13 +263,15 @@ def manifest(spec: Path, ckpt: Path, out: Path, overwrite: bool, digest: str, mo
 @cli.command()
 @_argument("manifest")
 @_argument("ckpt")
-@_path_option("--baseline", metavar="CKPT", help="The published checkpoint: shows where tensors differ.")
+@_path_option("--baseline", metavar="CKPT", help="The published checkpoint: is compared byte by byte, and shows where.")
 @click.option("--root", metavar="DIGEST", help="The manifest's root or frozen_root, if it is pinned.")
 @click.option("--exact", is_flag=True, help="Extra tensors and missing trainable ones count as differences.")
 @click.option("--prefix", metavar="P", help="Take P off the names in CKPT.")
 @_path_option("--names", metavar="MAP", help="A JSON or YAML map from names in CKPT to names in the manifest.")
 @click.option("--allow-widened", is_flag=True, help="Accept the same values in a wider dtype.")
 @click.option("--expect-trained", is_flag=True, help="A trainable tensor that did not move is a difference.")
+@click.option("--only", metavar="PATTERN", multiple=True, help="Look at these tensors alone; several are a list.")
+@_jobs
 @_model
 @_json
 def verify(
@@ -244,6 +284,8 @@ def verify(
     names: Path | None,
     allow_widened: bool,
     expect_trained: bool,
+    only: tuple[str, ...],
+    jobs: int | None,
     model: str | None,
     as_json: bool,
 ) -> int:
@@ -268,6 +310,8 @@ def verify(
             exact=exact,
             allow_widened=allow_widened,
             expect_trained=expect_trained,
+            only=only or None,
+            jobs=jobs,
             progress=advance,
         )
     if as_json:
@@ -280,9 +324,10 @@ def verify(
 @cli.command()
 @_argument("a")
 @_argument("b")
+@_jobs
 @_model
 @_json
-def diff(a: Path, b: Path, model: str | None, as_json: bool) -> int:
+def diff(a: Path, b: Path, jobs: int | None, model: str | None, as_json: bool) -> int:
     """Compare two checkpoints, tensor by tensor, bit by bit.
 
     Exit codes: 0 identical; 1 different; 2 bad usage; 3 a malformed checkpoint; 4 the system failed.
@@ -292,7 +337,7 @@ def diff(a: Path, b: Path, model: str | None, as_json: bool) -> int:
     from . import rendering
 
     with opened_with(model, a, b) as [one, other], rendering.progress("diff") as advance:
-        result = diff(one, other, progress=advance)
+        result = diff(one, other, jobs=jobs, progress=advance)
     if as_json:
         _print_document(result)
     else:
@@ -307,7 +352,7 @@ def schema(document: str, as_json: bool) -> None:
     """Print the JSON Schema of a document."""
     import json
 
-    from ..api import schema
+    from ..schemas import schema
 
     click.echo(json.dumps(schema(document), indent=2))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -10,8 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
+
 from ..causes import explained
-from ..wording import counted, enumerate_names, shown
+from ..wording import counted, enumerate_names, shown, size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +34,6 @@ __all__ = [
     "show_manifest",
     "show_plan",
     "show_report",
-    "size",
 ]
 
 _ROWS = 40
@@ -52,15 +54,6 @@ def _fits(console: Console, table: Table) -> bool:
     """Whether a table has room for all that is in it."""
     unlimited = console.options.update(max_width=100_000)
     return console.measure(table, options=unlimited).maximum <= console.width
-
-
-def size(count: float) -> str:
-    """``102.5 MB``, in powers of ten."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def elements(count: float) -> str:
@@ -159,17 +152,21 @@ def show_plan(spec: Spec, plan: Plan) -> None:
         groups[tensor.action, tensor.frozen, tensor.rule, tensor.rows is not None].append(tensor)
     order = list(_FATES)
     rows = []
+    total = 0
     for (action, frozen, rule, in_part), tensors in sorted(groups.items(), key=lambda item: order.index(item[0][:2])):
         fate, style = ("frozen in part", "cyan") if in_part else _FATES[action, frozen]
+        infos = [tensor.info for tensor in tensors]
+        sizes = [info.nbytes for info in infos]
+        total += sum(sizes) if action != "drop" else 0
         rows.append(
             (
                 Text(fate, style=style),
                 rule or "",
                 shown(spec.pattern_at(rule), 40) if rule else "",
                 f"{len(tensors):,}",
-                elements(sum(tensor.info.elements for tensor in tensors)),
-                size(sum(tensor.info.nbytes for tensor in tensors)),
-                shown(max(tensors, key=lambda tensor: tensor.info.nbytes).name, 60),
+                elements(sum(info.elements for info in infos)),
+                size(sum(sizes)),
+                shown(tensors[sizes.index(max(sizes))].name, 60),
             )
         )
     console = _console()
@@ -184,8 +181,9 @@ def show_plan(spec: Spec, plan: Plan) -> None:
         if _fits(console, table):
             break
     console.print(table)
-    drawn = [tensor for tensor in plan.output if tensor.init is not None]
-    with_rows = [tensor for tensor in plan.output if tensor.rows is not None]
+    output = plan.output
+    drawn = [tensor for tensor in output if tensor.init is not None]
+    with_rows = [tensor for tensor in output if tensor.rows is not None]
     if drawn or with_rows:
         console.print()
     for tensor in drawn[:_ROWS]:
@@ -205,12 +203,10 @@ def show_plan(spec: Spec, plan: Plan) -> None:
         console.print(f"config.json  {shown(path)} = {shown(json.dumps(value), 100)}", soft_wrap=True)
     for path in spec.config.unset if spec.config else ():
         console.print(f"config.json  {shown(path)} goes", soft_wrap=True)
-    output = plan.output
     console.print()
     partly = len(with_rows)
     said = f"{plan.counts['frozen'] - partly:,} frozen" + (f", {partly:,} in part" if partly else "")
-    total = size(sum(tensor.info.nbytes for tensor in output))
-    console.print(f"output: {counted(len(output))}, {total}; {said}, {plan.counts['trainable']:,} trainable")
+    console.print(f"output: {counted(len(output))}, {size(total)}; {said}, {plan.counts['trainable']:,} trainable")
     for note in plan.notes:
         console.print(Text("note: ", style="yellow").append(note, style="default"), soft_wrap=True)
 
@@ -230,11 +226,10 @@ def _initializer(tensor: PlannedTensor) -> str:
 
 def show_converted(inspection: Inspection, out: Path) -> None:
     """What a change of container published."""
-    console = _console()
-    console.print(f"published    {shown(out)}", soft_wrap=True)
+    click.echo(f"published    {shown(out)}")
     total = sum(info.nbytes for info in inspection.infos.values())
     files = counted(len(inspection.files), "file")
-    console.print(f"content      {counted(len(inspection.tensors))}, {size(total)} in {files}")
+    click.echo(f"content      {counted(len(inspection.tensors))}, {size(total)} in {files}")
 
 
 def show_manifest(manifest: Manifest, out: Path | None, manifest_at: Path | None) -> None:
@@ -245,20 +240,27 @@ def show_manifest(manifest: Manifest, out: Path | None, manifest_at: Path | None
     said = ", ".join(
         f"{counts[key]:,} {key}" for key in ("frozen", "trainable", "reinitialised", "added", "dropped") if counts[key]
     )
-    console = _console()
     if out is not None:
-        console.print(f"published    {shown(out)}", soft_wrap=True)
-    console.print(f"content      {counted(len(manifest.tensors))}, {size(total)}: {said}")
+        click.echo(f"published    {shown(out)}")
+    click.echo(f"content      {counted(len(manifest.tensors))}, {size(total)}: {said}")
     place = manifest_at or (manifest_path(out) if out is not None else None)
-    console.print(f"manifest     {shown(place)}", soft_wrap=True)
-    console.print(f"root         {manifest.root}", soft_wrap=True)
-    console.print(f"frozen_root  {manifest.frozen_root}", soft_wrap=True)
+    click.echo(f"manifest     {shown(place)}")
+    click.echo(f"root         {manifest.root}")
+    click.echo(f"frozen_root  {manifest.frozen_root}")
 
 
 # --- verify, diff -----------------------------------------------------------------------------------
 
 
+def _echo(good: str, rest: str = "") -> None:
+    click.echo(click.style(good, fg="green", bold=True) + rest, color=False if os.environ.get("NO_COLOR") else None)
+
+
 def show_report(report: Report, *, exact: bool = False) -> None:
+    if report.ok and not (report.drifted or report.extra or report.missing_trainable or report.note):
+        # One line, which is what most runs end in, does not wait for rich.
+        _echo("ok     ", _summary(report))
+        return
     from rich.text import Text
 
     console = _console()
@@ -319,12 +321,12 @@ def _summary(report: Report) -> str:
 
 
 def show_diff(report: DiffReport) -> None:
+    if report.ok:
+        _echo("identical")
+        return
     from rich.text import Text
 
     console = _console()
-    if report.ok:
-        console.print(Text("identical", style="bold green"))
-        return
     console.print(
         Text(f"{counted(len(report.tensors))} {'differs' if len(report.tensors) == 1 else 'differ'}", style="bold red")
     )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 
 from ..tensors import TensorInfo
 
@@ -13,7 +12,7 @@ __all__ = ["Node", "build"]
 _DEEPEST = 64
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Node:
     """A module or a tensor.
 
@@ -22,23 +21,16 @@ class Node:
         children: What is below it, by segment.
         copies: How many blocks the node stands for.
         kind: Equal for nodes of one tree that are alike in everything but their own names.
+        elements: How many elements it has, with all that is below it.
+        nbytes: Size of these in bytes.
     """
 
     info: TensorInfo | None = None
     children: dict[str, Node] = field(default_factory=dict)
     copies: int = 1
     kind: int = -1
-
-    @cached_property
-    def elements(self) -> int:
-        own = self.info.elements if self.info is not None else 0
-        return own + sum(child.elements for child in self.children.values())
-
-    @cached_property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        own = self.info.nbytes if self.info is not None else 0
-        return own + sum(child.nbytes for child in self.children.values())
+    elements: int = 0
+    nbytes: int = 0
 
     def folded(self) -> list[tuple[str, Node]]:
         """The children by what to call them; those in a row of numbers that are alike are one: ``{0..31}``."""
@@ -58,7 +50,7 @@ class Node:
         first = self.children[str(run[0])]
         if len(run) == 1:
             return _joined(str(run[0]), first)
-        return f"{{{run[0]}..{run[-1]}}}", Node(first.info, first.children, copies=len(run))
+        return f"{{{run[0]}..{run[-1]}}}", replace(first, copies=len(run))
 
 
 def _joined(segment: str, node: Node) -> tuple[str, Node]:
@@ -76,13 +68,25 @@ def build(tensors: Mapping[str, TensorInfo]) -> Node:
         place = root
         # A slash stays with the segment before it: a.b and a/b are two tensors.
         for segment in name.replace("/", "/.").split(".", _DEEPEST):
-            place = place.children.setdefault(segment, Node())
+            below = place.children.get(segment)
+            if below is None:
+                below = place.children[segment] = Node()
+            place = below
         place.info = info
-    _tell_apart(root, {})
+    _sum_up(root, {})
     return root
 
 
-def _tell_apart(node: Node, kinds: dict[object, int]) -> int:
-    below = tuple((segment, _tell_apart(child, kinds)) for segment, child in node.children.items())
-    node.kind = kinds.setdefault((node.info, below), len(kinds))
-    return node.kind
+def _sum_up(node: Node, kinds: dict[object, int]) -> None:
+    """Fill in what follows from the tensors below a node."""
+    alike: list[object] = []
+    for segment, child in node.children.items():
+        _sum_up(child, kinds)
+        node.elements += child.elements
+        node.nbytes += child.nbytes
+        alike += (segment, child.kind)
+    if (info := node.info) is not None:
+        node.elements += info.elements
+        node.nbytes += info.nbytes
+        alike += (info.dtype, info.shape)
+    node.kind = kinds.setdefault(tuple(alike), len(kinds))

@@ -1,4 +1,7 @@
-"""Formats of checkpoints: a file each, what some of them share, and the one way to open any of them."""
+"""Formats of checkpoints: a file each, what some of them share, and the one way to open any of them.
+
+Each is imported once there is a checkpoint of its kind.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,6 @@ from ..header import begins_like_safetensors
 from ..wording import shown
 from . import endings
 from .adapter import AdapterOverBase, adapter_in, base_of_adapter
-from .distributed import METADATA_NAME, open_distributed
-from .folder import holds_safetensors, open_folder, open_index
-from .keras import open_keras
-from .safetensors import open_single
-from .torch_archive import holds_archive, open_archive, open_archive_folder, open_archive_index
 
 __all__ = ["NO_MODEL", "AdapterOverBase", "is_keras_file", "open_checkpoint", "open_trained"]
 
@@ -52,29 +50,49 @@ def open_checkpoint(path: str | Path, *, model: Callable[[], Any] | None = None)
 def _open_file(path: Path, model: Callable[[], Any] | None) -> Checkpoint:
     if not path.exists():
         raise UsageError(f"{shown(path)}: no such file or folder")
-    if path.name == METADATA_NAME:
-        return open_distributed(path.parent)
+    if path.name == endings.DISTRIBUTED_METADATA:
+        return _open_distributed(path.parent)
     if path.name.endswith(endings.PART_OF_DISTRIBUTED):
         raise UsageError(f"{shown(path)}: is a part of a distributed checkpoint", hint="give its folder")
     if path.name.endswith(".bin.index.json"):
+        from .torch_archive import open_archive_index
+
         return open_archive_index(path)
     if path.name.endswith(".index.json"):
+        from .folder import open_index
+
         return open_index(path)
     kind = _kind_of(path)
     if kind == "keras":
+        from .keras import open_keras
+
         return open_keras(path, model)
     if kind == "torch":
+        from .torch_archive import open_archive
+
         return open_archive(path)
+    from .safetensors import open_single
+
     return open_single(path)
 
 
 def _open_folder(path: Path) -> Checkpoint:
+    from .folder import holds_safetensors, open_folder
+
     if not holds_safetensors(path):
+        from .torch_archive import holds_archive, open_archive_folder
+
         if holds_archive(path):
             return open_archive_folder(path)
-        if os.path.lexists(path / METADATA_NAME):
-            return open_distributed(path)
+        if os.path.lexists(path / endings.DISTRIBUTED_METADATA):
+            return _open_distributed(path)
     return open_folder(path)
+
+
+def _open_distributed(folder: Path) -> Checkpoint:
+    from .distributed import open_distributed
+
+    return open_distributed(folder)
 
 
 def is_keras_file(path: Path) -> bool:

@@ -12,15 +12,15 @@ from ..checkpoints import Checkpoint, StoredFile, open_stored
 from ..errors import CheckpointError
 from ..tensors import DTYPE_BITS, TensorInfo
 from ..wording import shown
-from .distributed_metadata import METADATA_NAME, malformed, read_metadata
-from .endings import PART_OF_DISTRIBUTED
+from .distributed_metadata import malformed, read_metadata
+from .endings import DISTRIBUTED_METADATA, PART_OF_DISTRIBUTED
 from .indexes import allow_descriptors, refuse_outside, refuse_unsafe
 from .saved_by_torch import AGAIN, UnchangedFiles, find_state_dict, reading
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 
-__all__ = ["METADATA_NAME", "open_distributed"]
+__all__ = ["open_distributed"]
 
 
 def open_distributed(path: Path) -> Checkpoint:
@@ -55,9 +55,11 @@ def open_distributed(path: Path) -> Checkpoint:
     with ExitStack() as stack:
         files: dict[str, StoredFile] = {}
         allow_descriptors(len(inside) + 1)
-        for one in (METADATA_NAME, *inside):
+        for one in (DISTRIBUTED_METADATA, *inside):
             refuse_outside(path / one, path, missing=f"{label}: the file {shown(one)} is missing")
-            held = infos if one == METADATA_NAME else {name: infos[name] for name in infos if one in places[name]}
+            held = (
+                infos if one == DISTRIBUTED_METADATA else {name: infos[name] for name in infos if one in places[name]}
+            )
             files[one] = open_stored((path / one).resolve(), one, held)
             stack.callback(files[one].close)
         _refuse_cut_short(metadata, files, label)

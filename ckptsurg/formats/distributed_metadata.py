@@ -13,6 +13,7 @@ from ..checkpoints import open_regular
 from ..errors import CheckpointError, UsageError
 from ..frameworks.importing import import_torch
 from ..wording import shown
+from .endings import DISTRIBUTED_METADATA
 from .indexes import refuse_outside
 from .pickles import CarefulUnpickler
 from .saved_by_torch import AGAIN, reading
@@ -20,9 +21,7 @@ from .saved_by_torch import AGAIN, reading
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
-__all__ = ["METADATA_NAME", "malformed", "read_metadata"]
-
-METADATA_NAME = ".metadata"
+__all__ = ["malformed", "read_metadata"]
 
 
 def read_metadata(folder: Path, label: str) -> Metadata:
@@ -44,7 +43,7 @@ def read_metadata(folder: Path, label: str) -> Metadata:
     except (ImportError, AttributeError) as error:
         message = f"{label}: PyTorch {torch.__version__} keeps its metadata in another way: {shown(error)}"
         raise UsageError(message, hint="convert it with the PyTorch that wrote it") from None
-    path = folder / METADATA_NAME
+    path = folder / DISTRIBUTED_METADATA
     refuse_outside(path, folder)
     descriptor, _ = open_regular(path.resolve())
     label = shown(path)

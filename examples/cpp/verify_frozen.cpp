@@ -78,7 +78,7 @@ std::string digest_at(const json& object, const char* key) {
 }
 
 Record record_of(const json& entry) {
-    static const std::set<std::string> known{"dtype", "shape", "frozen", "origin", "digest", "rows"};
+    static const std::set<std::string> known{"dtype", "shape", "frozen", "origin", "digest", "rows", "inherited"};
     for (const auto& item : entry.items())  // what is not known may change what is frozen
         require(known.count(item.key()) == 1, "unknown key " + quoted(item.key()));
     Record record{entry.at("dtype"), safetensors::numbers(entry.at("shape")), entry.at("frozen").get<bool>(),

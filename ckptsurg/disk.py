@@ -1,0 +1,120 @@
+"""The system calls by which something on a disk changes, and nothing else: no policy, no messages."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from .tensors import Buffer
+
+__all__ = ["begin_writeback", "clone_range", "create", "exchange", "flush", "flush_folder", "move", "write_all"]
+
+_AT_FDCWD = -100
+_RENAME_NOREPLACE = 1
+_RENAME_EXCHANGE = 2
+_FICLONERANGE = 0x4020940D
+_SYNC_FILE_RANGE_WRITE = 2
+
+
+def create(path: Path) -> int:
+    """A new file, open for writing; its mode follows the umask."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+
+def write_all(descriptor: int, content: Buffer, at: int) -> None:
+    """Write everything at an offset: the system may take less than it is given."""
+    view = memoryview(content)
+    while view:
+        count = os.pwrite(descriptor, view, at)
+        view, at = view[count:], at + count
+
+
+def begin_writeback(descriptor: int, offset: int, length: int) -> None:
+    """Have the system begin to write a range to disk, so that flushing later finds little to do.
+
+    Where it cannot, flushing does it all; an error of the disk is kept for ``flush``.
+    """
+    sync_file_range = _libc("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    if sync_file_range is not None:
+        sync_file_range(descriptor, offset, length, _SYNC_FILE_RANGE_WRITE)
+
+
+def clone_range(source: int, offset: int, length: int, target: int, at: int) -> bool:
+    """Let two files share the blocks of a range (``ioctl_ficlonerange(2)``); whether they do now.
+
+    Unlike ``copy_file_range(2)``, it never copies instead. Offsets and length are multiples of the file system's block,
+    but for a length that ends with the source; 0 is all that is left of the source.
+    """
+    if sys.platform != "linux":
+        return False
+    try:
+        fcntl.ioctl(target, _FICLONERANGE, struct.pack("qQQQ", source, offset, length, at))
+    except OSError:
+        return False  # another file system, or one that shares no blocks; whatever else it is, copying will meet it
+    return True
+
+
+def flush(descriptor: int) -> None:
+    """Have a file on disk."""
+    os.fsync(descriptor)
+
+
+def flush_folder(folder: Path) -> None:
+    """Have the names in a folder on disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename, never onto something that exists.
+
+    Raises:
+        FileExistsError: if something does.
+    """
+    if not _renameat2(source, target, _RENAME_NOREPLACE):
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+        source.rename(target)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Let two names change places in one step.
+
+    Raises:
+        NotImplementedError: if the system cannot.
+    """
+    if not _renameat2(one, other, _RENAME_EXCHANGE):
+        raise NotImplementedError
+
+
+def _renameat2(source: Path, target: Path, flag: int) -> bool:
+    """Call ``renameat2(2)``; False where system or file system does not have it."""
+    renameat2 = _libc("renameat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flag) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL):
+        return False
+    raise OSError(code, os.strerror(code), str(target))
+
+
+@cache
+def _libc(name: str, *argument_types: Any) -> Callable[..., int] | None:
+    """A function of the C library that Python has no name for; None where there is none."""
+    if sys.platform != "linux" or (function := getattr(ctypes.CDLL(None, use_errno=True), name, None)) is None:
+        return None
+    function.argtypes = argument_types
+    return function  # type: ignore[no-any-return]

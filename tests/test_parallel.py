@@ -1,0 +1,128 @@
+"""Work in threads: every step once, what must be in order in order, failures and progress where they are waited for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckptsurg.metering import Meter
+from ckptsurg.parallel import Step, buffer_bytes, run
+
+
+class Noted:
+    """A step that notes what is done with it."""
+
+    def __init__(self, notes: list[tuple[str, int, int]], segment: int, number: int) -> None:
+        self.notes, self.segment, self.number = notes, segment, number
+
+    def fetch(self, buffer: memoryview) -> bytes:
+        buffer[0] = self.number % 256
+        self.notes.append(("fetch", self.segment, self.number))
+        return bytes(buffer[:1])
+
+    def follow(self, data: bytes) -> None:
+        assert data == bytes([self.number % 256])  # its own buffer, that nobody else wrote to meanwhile
+        self.notes.append(("follow", self.segment, self.number))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 5))
+def test_every_step_is_done_once_and_followed_in_its_order(sizes, jobs):
+    notes: list[tuple[str, int, int]] = []
+    told: list[tuple[int, int]] = []
+    steps = ((Noted(notes, segment, number) for number in range(size)) for segment, size in enumerate(sizes))
+    run(steps, jobs, Meter(sum(sizes), lambda done, total: told.append((done, total))))
+    every = [(segment, number) for segment, size in enumerate(sizes) for number in range(size)]
+    assert sorted((s, n) for what, s, n in notes if what == "fetch") == every
+    for segment, size in enumerate(sizes):
+        assert [n for what, s, n in notes if what == "follow" and s == segment] == list(range(size))
+    assert told == sorted(set(told))
+    assert not sizes or not sum(sizes) or told[-1] == (sum(sizes), sum(sizes))
+
+
+def test_idle_threads_help_with_a_huge_segment():
+    """The first step waits for the second, which only another thread can begin."""
+    begun = threading.Event()
+
+    class First:
+        def fetch(self, buffer: memoryview) -> bytes:
+            assert begun.wait(30)
+            return b""
+
+        def follow(self, data: bytes) -> None: ...
+
+    class Second(First):
+        def fetch(self, buffer: memoryview) -> bytes:
+            begun.set()
+            return b""
+
+    run([iter([First(), Second()])], 2, Meter(0, None))
+    assert begun.is_set()
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+@pytest.mark.parametrize("where", ["fetch", "follow", "steps", "segments"])
+def test_the_first_failure_stops_all_and_is_raised(jobs, where):
+    done = []
+
+    class Failing(Noted):
+        def fetch(self, buffer: memoryview) -> bytes:
+            if where == "fetch" and self.number == 5:
+                raise OSError("broken")
+            done.append(self.number)
+            return b"1"
+
+        def follow(self, data: bytes) -> None:
+            if where == "follow" and self.number == 5:
+                raise OSError("broken")
+
+    def steps(segment: int) -> Iterator[Step]:
+        for number in range(10_000):
+            if where == "steps" and number == 5:
+                raise OSError("broken")
+            yield Failing([], segment, number)
+
+    def segments() -> Iterator[Iterator[Step]]:
+        yield steps(0)
+        if where == "segments":
+            raise OSError("broken")
+        yield from map(steps, range(1, 9))
+
+    before = threading.active_count()
+    with pytest.raises(OSError, match="broken"):
+        run(segments(), jobs, Meter(1, None))
+    assert len(done) < 90_000
+    assert threading.active_count() == before
+
+
+def test_progress_is_told_in_the_thread_that_waits_and_may_stop_the_work():
+    class Stop(Exception):
+        pass
+
+    tellers = set()
+    release = threading.Event()
+
+    class Slow:
+        def fetch(self, buffer: memoryview) -> bytes:
+            return b"12"
+
+        def follow(self, data: bytes) -> None:
+            release.wait(0.01)
+
+    def tell(done: int, total: int) -> None:
+        tellers.add(threading.current_thread())
+        raise Stop
+
+    with pytest.raises(Stop):
+        run((iter([Slow()]) for _ in range(1000)), 2, Meter(2000, tell))
+    assert tellers == {threading.current_thread()}
+
+
+def test_buffers_of_many_threads_are_small():
+    assert buffer_bytes(1) == buffer_bytes(8) == 2 << 20
+    assert all(buffer_bytes(jobs) * jobs <= 64 << 20 for jobs in range(1, 1000))
+    assert buffer_bytes(10_000) == 64 << 10
