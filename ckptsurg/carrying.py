@@ -97,16 +97,19 @@ class Carrier:
         for part in outside(range(position), shared):
             target.write(file.header[part.start : part.stop], part.start)
         meter.advance(position)
+        copied: list[tuple[Sequence[PlannedTensor], Extent, int]] = []
         for together in _runs(file.tensors, self.base.extents):
             first, size = together[0], sum(tensor.info.nbytes for tensor in together)
             extent = self.base.extents.get(first.name)
             if first.action == "copy" and extent is not None:
-                whole = Extent(extent.file, extent.offset, size)
-                yield from self._copied(together, whole, target, position, shared, meter)
+                copied.append((together, Extent(extent.file, extent.offset, size), position))
             else:
+                # First, so that some draw while others wait for the disk.
                 place = Place(target, position, self._consumer(first), meter)
                 yield made(first, self.base, self.plan.seed, self._spec.label, place)
             position += size
+        for tensors, extent, start in copied:
+            yield from self._copied(tensors, extent, target, start, shared, meter)
 
     def _consumer(self, tensor: PlannedTensor) -> Recorder | None:
         """Who makes the record of a tensor out of its bytes; None where they need not be known."""

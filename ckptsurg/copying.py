@@ -74,7 +74,9 @@ class Target:
         """Write bytes at an offset, each byte of the file once."""
         disk.write_all(self._descriptor, data, at)
         if len(data) >= _WORTH_WRITEBACK:
-            disk.begin_writeback(self._descriptor, at, len(data))
+            # Not the block that others will write to as well: they would wait for the disk to have it.
+            start, stop = at // BLOCK * BLOCK, (at + len(data)) // BLOCK * BLOCK
+            disk.begin_writeback(self._descriptor, start, stop - start)
         self._count(len(data), way)
 
     def share(self, file: StoredFile, offset: int, length: int, at: int) -> range:

@@ -31,7 +31,10 @@ def main() -> NoReturn:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # A command ends soon, and what it builds (100,000 tensors' headers) has no cycles worth a search.
     gc.disable()
-    sys.exit(_run())
+    code = _run()
+    # Nor is there any in the last search that the interpreter makes, which takes longer than many a command.
+    gc.freeze()
+    sys.exit(code)
 
 
 def _terminate(number: int, _: object) -> NoReturn:
