@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from math import ceil, prod, sqrt
-from threading import Lock, local
+from threading import BoundedSemaphore, Lock, local
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from .documents import canonical_json
 from .initializer_arguments import Initializer
 from .numpy_types import element_type
-from .random_bits import FloatArray, cumulative, quantile, uniform, words
+from .random_bits import FloatArray, Scratch, cumulative, quantile, uniform, words
 from .tensors import Buffer, TensorInfo
 from .wording import shown
 
@@ -32,14 +32,10 @@ __all__ = ["Drawing", "Undrawable", "rounded"]
 BLOCK = 1 << 17
 
 
-class _Memory(local):
-    """Where each thread draws its blocks, again and again: fresh memory costs more than the arithmetic on it."""
-
-    def __init__(self) -> None:
-        self.values = np.empty(BLOCK, np.complex128)
-
-
-_memory = _Memory()
+#: Where blocks are drawn.
+_memory = Scratch((BLOCK,), np.complex128)
+#: How many threads draw at a time: each takes some 8 MB for it.
+_at_a_time = BoundedSemaphore(8)
 
 
 class Undrawable(ValueError):
@@ -56,7 +52,7 @@ class _Kept(local):
 class Drawing:
     """A tensor that is drawn.
 
-    Several threads may read it at once. Each draws what it reads itself, and holds some 8 MB for that.
+    Several threads may read it at once; each draws what it reads itself.
 
     Args:
         seed: The spec's seed.
@@ -81,20 +77,21 @@ class Drawing:
         size = element_type(self._info.dtype).itemsize
         for number in range(start // BLOCK, -(-stop // BLOCK)):
             low, high = max(start - number * BLOCK, 0), min(stop - number * BLOCK, BLOCK)
-            yield memoryview(self._block(number))[low * size : high * size]
+            is_constant, kept = isinstance(self._values, _Constant), self._kept
+            if is_constant:
+                number = 0  # none is longer, and all are the same
+            block = kept.block if kept.number == number else self._block(number)
+            if is_constant or high - low < BLOCK:
+                kept.number, kept.block = number, block
+            yield memoryview(block)[low * size : high * size]
 
-    def _block(self, number: int) -> Buffer:
-        if isinstance(self._values, _Constant):
-            number = 0  # none is longer, and all are the same
-        kept = self._kept
-        if kept.number != number:
-            start = number * BLOCK
-            stop = min(start + BLOCK, self._info.elements)
-            values = _memory.values if self.is_complex else _memory.values.view(np.float64)
-            values = values[: stop - start]
+    def _block(self, number: int) -> bytes:
+        start = number * BLOCK
+        stop = min(start + BLOCK, self._info.elements)
+        with _at_a_time, _memory.lent() as memory:
+            values = (memory if self.is_complex else memory.view(np.float64))[: stop - start]
             self._values(start, stop, values)
-            kept.number, kept.block = number, rounded(values, self._info.dtype, self._name)
-        return kept.block
+            return rounded(values, self._info.dtype, self._name)
 
     # --- Elements ------------------------------------------------------------------------------------
 

@@ -27,9 +27,6 @@ from .wording import shown
 
 __all__ = ["Place", "made", "overlay"]
 
-#: Elements that are drawn at one go.
-_AT_ONE_GO = 4 * BLOCK
-
 #: Bytes by where they begin and end, in chunks; asked for in any order, or in theirs alone.
 _Ranges: TypeAlias = Callable[[int, int], Iterable[Buffer]]
 _Made = TypeVar("_Made")
@@ -127,8 +124,8 @@ def _values(tensor: PlannedTensor, base: Checkpoint, seed: int) -> _Ranges:
 
 def _drawn(draw: Callable[[int, int], bytes], elements: range, size: int, place: Place) -> Iterator[_Drawn]:
     """A range of elements; where it is empty, a step all the same, which finds out whether they could be drawn."""
-    for start in range(elements.start, max(elements.stop, elements.start + 1), _AT_ONE_GO):
-        yield _Drawn(draw, range(start, min(start + _AT_ONE_GO, elements.stop)), size, place)
+    for start in range(elements.start, max(elements.stop, elements.start + 1), BLOCK):
+        yield _Drawn(draw, range(start, min(start + BLOCK, elements.stop)), size, place)
 
 
 def _once(make: Callable[[], _Made]) -> Callable[[], _Made]:

@@ -17,7 +17,7 @@ from .tensors import Buffer
 __all__ = ["Segment", "Step", "available_jobs", "buffer_bytes", "run"]
 
 _MOST_BUFFER_BYTES = 2 << 20
-_ALL_BUFFERS_BYTES = 64 << 20
+_ALL_BUFFERS_BYTES = 32 << 20
 _LEAST_BUFFER_BYTES = 64 << 10
 #: How often progress is told, in seconds.
 _TOLD_EVERY = 0.1
@@ -45,8 +45,9 @@ Segment: TypeAlias = Iterator[Step]
 
 
 def available_jobs() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many processors this process may use, up to 64: more threads would wait for each other."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 64)
 
 
 def buffer_bytes(jobs: int) -> int:

@@ -7,15 +7,15 @@ alone, which IEEE 754 defines to the last bit; libraries' logarithms and sines d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from decimal import Decimal, localcontext
-from threading import local
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FloatArray", "cumulative", "quantile", "uniform", "words"]
+__all__ = ["FloatArray", "Scratch", "cumulative", "quantile", "uniform", "words"]
 
 FloatArray: TypeAlias = NDArray[np.float64]
 
@@ -33,14 +33,32 @@ _WORDS = 1 << 13
 _ONE = np.uint64(0x3FF << 52)
 
 
-class _Scratch(local):
-    """Arrays that each thread uses again and again: fresh memory costs more than the arithmetic on it."""
+class Scratch:
+    """Arrays that are used again and again, by one thread at a time: fresh memory costs more than the arithmetic on it.
 
-    def __init__(self) -> None:
-        self.rows = np.empty((3, _TILE))
+    Args:
+        shape: Of each.
+        dtype: Of its elements.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: type[Any] = np.float64) -> None:
+        self._shape, self._dtype = shape, dtype
+        self._idle: list[NDArray[Any]] = []
+
+    @contextmanager
+    def lent(self) -> Iterator[NDArray[Any]]:
+        """One that nobody uses."""
+        try:
+            array = self._idle.pop()
+        except IndexError:
+            array = np.empty(self._shape, self._dtype)
+        try:
+            yield array
+        finally:
+            self._idle.append(array)
 
 
-_scratch = _Scratch()
+_scratch = Scratch((3, _TILE))
 
 
 def words(key: int, start: int, stop: int, out: NDArray[np.uint64] | None = None) -> NDArray[np.uint64]:
@@ -98,14 +116,16 @@ def quantile(probability: FloatArray, out: FloatArray | None = None) -> FloatArr
         Shape [n].
     """
     out = np.empty_like(probability) if out is None else out
-    for start in range(0, len(probability), _TILE):
-        _quantile(probability[start : start + _TILE], out[start : start + _TILE])
+    with _scratch.lent() as rows:
+        for start in range(0, len(probability), _TILE):
+            part = slice(start, start + _TILE)
+            _quantile(probability[part], out[part], rows)
     return out
 
 
-def _quantile(p: FloatArray, out: FloatArray) -> None:
+def _quantile(p: FloatArray, out: FloatArray, rows: FloatArray) -> None:
     """The quantiles of a tile; ``out`` may be ``p``."""
-    q, r, spare = _scratch.rows[:, : len(p)]
+    q, r, spare = rows[:, : len(p)]
     np.subtract(p, 0.5, out=q)
     tail = np.flatnonzero(np.abs(q, out=r) > 0.425)
     p_of_tail = p[tail]

@@ -92,6 +92,14 @@ def test_norms_bridge_the_classes_that_they_make(tmp_path):
     assert _in_phase(tmp_path, sizes, {"drop": "l.5"})[1] == set()
 
 
+def test_what_would_be_out_of_line_behind_goes_before(tmp_path):
+    """Quantised weights of odd sizes, and a head of floats: behind them it would not be aligned."""
+    sizes = [("head", "F32", 8 * 1024), ("a", "U8", 5 * PAGE + 1), ("b", "U8", 9 * PAGE + 2), ("c", "U8", 3 * PAGE)]
+    spec = {"reinit": [{"match": "head", "shape": {0: 10}, "init": "ones"}]}
+    assert _in_phase(tmp_path, sizes, spec) == ({"a", "b", "c"}, set())
+    assert _offsets(tmp_path / "out.safetensors")["head"] % 4 == 0
+
+
 @pytest.mark.parametrize("dtype", ["U8", "BF16", "F64"])
 def test_an_odd_tail_does_not_misalign_what_is_drawn(tmp_path, dtype):
     sizes = [*BLOCKS, ("tail", "U8", 5)]

@@ -124,5 +124,5 @@ def test_progress_is_told_in_the_thread_that_waits_and_may_stop_the_work():
 
 def test_buffers_of_many_threads_are_small():
     assert buffer_bytes(1) == buffer_bytes(8) == 2 << 20
-    assert all(buffer_bytes(jobs) * jobs <= 64 << 20 for jobs in range(1, 1000))
+    assert all(buffer_bytes(jobs) * jobs <= 32 << 20 for jobs in range(1, 500))
     assert buffer_bytes(10_000) == 64 << 10
