@@ -10,18 +10,18 @@ Data flows one way; each module knows only those further down in its line or bel
       frameworks                     what torch and Keras hold in memory
     inspection, schemas          what a checkpoint holds; what each document may say
     rewriting, verifying, diffing  carry a plan out; prove that frozen tensors have their bits
-      settling, causes, traits       why a tensor moved, where the evidence settles it
-      layout, carrying, publishing   where bytes go, who brings them there, how they become visible
-      making, describing             tensors that are drawn; records of a manifest
-      scanning, copying              bytes are read in threads; and written, or shared
-      parallel, disk                 threads; what changes a disk
-      initializers, moments, random_bits  named values, the same for good
-      comparing, baselines, renaming  two versions of a tensor; two names of one
+      baselines, settling, causes    the published tensors; why one moved, where the evidence settles it
+      comparing, traits, renaming    two versions of a tensor, and in which way they differ; two names of one
+      writing, layout, publishing    who brings bytes to an output; where they go; how it becomes visible
+      making, describing             tensors that are drawn; the manifest's records
+      reading, copying               bytes are read in threads; and written, or shared
+      parallel, disk, metering       threads; what changes a disk; how far along
+      moments, initializers, random_bits  named values, the same for good
     planning                     spec x headers -> one action for every tensor
       selectors, matching, patterns  which tensors a pattern selects; layers: where they stand in a model
       defaults                       what ``default`` draws
-    spec, plans, manifest, report    the four documents; documents, reading and parsing take them strictly
-    checkpoints, header          files held open, and the safetensors header
+    spec, plans, manifest, report    the four documents; documents, texts and parsing take them strictly
+    header, checkpoints          the safetensors header, and files held open
     tensors, errors, wording     what all others speak of
 """
 

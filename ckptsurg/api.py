@@ -21,6 +21,7 @@ from .coercing import (
     as_jobs,
     as_manifest,
     as_path,
+    as_patterns,
     as_size,
     as_spec,
     as_spec_or_patterns,
@@ -124,7 +125,7 @@ def rewrite(
             writes to one then writes to both.
         trust_base_manifest: Whether digests of copied tensors are taken from the manifest that the base was published
             with, and not computed; the manifest says which.
-        jobs: How many threads read, hash and write; None for one on each processor.
+        jobs: How many threads read, hash and write; None for one on each processor, up to 64.
         progress: Called with the bytes done and the bytes in all.
 
     Raises:
@@ -188,7 +189,7 @@ def convert(
         max_shard_size: Largest size of a shard's tensors, in bytes or as ``5GB`` (10^9); None keeps the shards.
         keep_other_weights: Whether other files of weights in the folder come along.
         link: Whether shards that stay as they are become further names of the same files (hard links).
-        jobs: How many threads read and write; None for one on each processor.
+        jobs: How many threads read and write; None for one on each processor, up to 64.
         progress: Called with the bytes done and the bytes in all.
 
     Returns:
@@ -236,7 +237,7 @@ def make_manifest(
         digest: ``blake3`` or ``sha256``.
         trust_base_manifest: Whether digests are taken from the manifest that the checkpoint was published with, and
             not computed; the manifest says which.
-        jobs: How many threads read and hash; None for one on each processor.
+        jobs: How many threads read and hash; None for one on each processor, up to 64.
         progress: Called with the bytes read and the bytes in all.
 
     Raises:
@@ -303,7 +304,7 @@ def verify(
             model and not in a file.
         expect_trained: Whether trainable tensors that did not move, or are missing, count.
         only: Patterns over the manifest's names, as in a spec: of the others nothing is read.
-        jobs: How many threads read and hash files; None for one on each processor.
+        jobs: How many threads read and hash files; None for one on each processor, up to 64.
         progress: Called with the bytes read and the bytes in all.
 
     Raises:
@@ -327,9 +328,9 @@ def verify(
         notes = [trained.note] if isinstance(trained, AdapterOverBase) else []
         selected = None
         if only is not None:
-            from .inspection import selected_names
+            from .selectors import selected_names
 
-            patterns = [only] if isinstance(only, str) else list(only)
+            patterns = as_patterns(only)
             selected = selected_names(document.infos, patterns, trained.metadata)
             notes.append(f"only {', '.join(map(shown, patterns))} was asked for")
         return verifying.verify(
@@ -367,7 +368,7 @@ def load_names(path: PathLike) -> dict[str, str]:
     Raises:
         DocumentError: if it does not map text to text.
     """
-    from .reading import read_text
+    from .texts import read_text
 
     text = read_text(as_path(path), DocumentError)
     if not isinstance(text.data, dict) or not all(
@@ -383,7 +384,7 @@ def diff(a: TensorsLike, b: TensorsLike, *, jobs: int | None = None, progress: P
     Args:
         a: The one.
         b: The other.
-        jobs: How many threads read; None for one on each processor.
+        jobs: How many threads read; None for one on each processor, up to 64.
         progress: Called with the bytes read and the bytes in all.
 
     Raises:

@@ -10,9 +10,9 @@ from .checkpoints import Extent, extents_of
 from .errors import UsageError
 from .manifest import Manifest, TensorRecord
 from .metering import Meter
+from .reading import unequal
 from .renaming import align
 from .report import Difference
-from .scanning import unequal
 from .tensors import Buffer, TensorSource, algorithm_of, digest_of
 from .wording import counted, shown
 

@@ -171,9 +171,13 @@ class Checkpoint:
         home = self.folder or (self.path.parent if self.path is not None else Path())
         return home / file.name
 
+    def refuse_if_closed(self) -> None:
+        """Raise UsageError if it is closed: the number of a closed descriptor may be another file's by now."""
+        if not self._closer.alive:
+            raise UsageError(f"{self.label}: the checkpoint is closed", hint="open it again")
+
     def read(self, name: str) -> Iterator[Buffer]:
-        if not self._closer.alive:  # the number of a closed descriptor may be another file's by now
-            raise UsageError(f"{self.label}: the checkpoint is closed")
+        self.refuse_if_closed()
         if name in self.extents:
             return read_extent(self.extents[name], self.label)
         assert self.source is not None
@@ -181,6 +185,7 @@ class Checkpoint:
 
     def ranges(self, name: str) -> Callable[[int, int], Iterator[Buffer]]:
         """A reader of ranges of a tensor's bytes, by first and the one after the last, asked for in their order."""
+        self.refuse_if_closed()
         if name not in self.extents:
             return sections(self.read(name))
         extent = self.extents[name]
@@ -188,6 +193,7 @@ class Checkpoint:
 
     def refuse_if_changed(self) -> None:
         """Raise CheckpointError if a file was written to since it was opened."""
+        self.refuse_if_closed()
         for file in self.files:
             file.refuse_if_changed(self.label)
 
@@ -204,8 +210,15 @@ class Checkpoint:
 
 
 def extents_of(source: TensorSource) -> Mapping[str, Extent]:
-    """Where the bytes of tensors lie as they are; nowhere, if a source is no checkpoint in files."""
-    return source.extents if isinstance(source, Checkpoint) else {}
+    """Where the bytes of tensors lie as they are; nowhere, if a source is no checkpoint in files.
+
+    Raises:
+        UsageError: if the checkpoint is closed.
+    """
+    if not isinstance(source, Checkpoint):
+        return {}
+    source.refuse_if_closed()
+    return source.extents
 
 
 def open_regular(path: Path, flags: int = 0) -> tuple[int, os.stat_result]:

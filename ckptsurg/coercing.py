@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from .checkpoints import Checkpoint
 from .errors import SpecError, UsageError
 from .formats import NO_MODEL, is_keras_file, open_checkpoint, open_trained
-from .parallel import available_jobs
+from .parallel import MOST_JOBS, available_jobs
 from .tensors import ALGORITHMS, TensorSource
 from .wording import enumerate_names, shown
 
@@ -37,6 +37,7 @@ __all__ = [
     "as_jobs",
     "as_manifest",
     "as_path",
+    "as_patterns",
     "as_size",
     "as_spec",
     "as_spec_or_patterns",
@@ -77,8 +78,8 @@ def as_target(given: object) -> Path:
 def as_spec(given: SpecLike, source: TensorSource) -> Spec:
     """A spec; where it is not valid, what else is wrong with it for this source is reported with it."""
     from .parsing import Text
-    from .reading import read_text
     from .spec import Spec
+    from .texts import read_text
 
     if isinstance(given, Spec):
         return given
@@ -259,10 +260,22 @@ def as_jobs(given: int | None) -> int:
     """A number of threads; None for one on each processor.
 
     Raises:
-        UsageError: if it is no number from 1.
+        UsageError: if it is no number from 1 to ``MOST_JOBS``.
     """
     if given is None:
         return available_jobs()
-    if type(given) is not int or given < 1:
-        raise UsageError(f"jobs must be a whole number from 1, found {shown(given, 40)}")
+    if type(given) is not int or not 1 <= given <= MOST_JOBS:
+        raise UsageError(f"jobs must be a whole number from 1 to {MOST_JOBS}, found {shown(given, 40)}")
     return given
+
+
+def as_patterns(given: object) -> list[str]:
+    """One pattern, or several.
+
+    Raises:
+        UsageError: if there is none, or one is no text.
+    """
+    patterns = [given] if isinstance(given, str) else list(given) if isinstance(given, Sequence) else []
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise UsageError(f"expected a pattern, or a list of them, found {shown(given, 60)}")
+    return patterns

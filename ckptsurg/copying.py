@@ -10,13 +10,12 @@ from typing import Literal, Self, TypeAlias
 
 from . import disk
 from .checkpoints import StoredFile
+from .disk import BLOCK_BYTES
 from .tensors import Buffer
 from .wording import size
 
-__all__ = ["BLOCK", "Amounts", "Target", "outside"]
+__all__ = ["Amounts", "Target", "outside"]
 
-#: What file systems share extents in units of, in bytes.
-BLOCK = 4096
 #: Fewer bytes are left to the last flush, with their neighbours.
 _WORTH_WRITEBACK = 256 << 10
 
@@ -40,7 +39,7 @@ class Amounts:
     wrote: int = 0
 
     def __str__(self) -> str:
-        """``reflinked 13.1 GB, copied 0.2 GB, wrote 41.0 MB``."""
+        """``reflinked 13.1 GB, copied 200.0 MB, wrote 41.0 MB``."""
         ways = ("linked", "reflinked", "copied", "wrote")
         return ", ".join(f"{way} {size(getattr(self, way))}" for way in ways if getattr(self, way))
 
@@ -64,18 +63,20 @@ class Target:
 
     def __init__(self, descriptor: int, length: int) -> None:
         self._descriptor, self._missing = descriptor, length
-        self._is_open, self._is_whole = True, False
+        self._is_open = True
         self._lock = Lock()
         self.amounts = Amounts()
         if not length:
-            self._count(0, "wrote")
+            self._finish()
 
     def write(self, data: Buffer, at: int, way: Way = "wrote") -> None:
         """Write bytes at an offset, each byte of the file once."""
+        if not data:
+            return
         disk.write_all(self._descriptor, data, at)
         if len(data) >= _WORTH_WRITEBACK:
             # Not the block that others will write to as well: they would wait for the disk to have it.
-            start, stop = at // BLOCK * BLOCK, (at + len(data)) // BLOCK * BLOCK
+            start, stop = at // BLOCK_BYTES * BLOCK_BYTES, (at + len(data)) // BLOCK_BYTES * BLOCK_BYTES
             disk.begin_writeback(self._descriptor, start, stop - start)
         self._count(len(data), way)
 
@@ -94,9 +95,9 @@ class Target:
         if offset == at == 0 and length == file.size and disk.clone_range(file.descriptor, 0, 0, self._descriptor, 0):
             self._count(length, "reflinked")
             return range(length)
-        skipped = -at % BLOCK
-        shared = range(at + skipped, (at + length) // BLOCK * BLOCK)
-        if (at - offset) % BLOCK or not shared:
+        skipped = -at % BLOCK_BYTES
+        shared = range(at + skipped, (at + length) // BLOCK_BYTES * BLOCK_BYTES)
+        if (at - offset) % BLOCK_BYTES or not shared:
             return range(0)
         if not disk.clone_range(file.descriptor, offset + skipped, len(shared), self._descriptor, shared.start):
             return range(0)
@@ -107,12 +108,15 @@ class Target:
         with self._lock:
             setattr(self.amounts, way, getattr(self.amounts, way) + count)
             self._missing -= count
-            is_whole, self._is_whole = not (self._missing or self._is_whole), not self._missing
+            is_whole = not self._missing
         if is_whole:
-            try:
-                disk.flush(self._descriptor)
-            finally:
-                self.close()
+            self._finish()
+
+    def _finish(self) -> None:
+        try:
+            disk.flush(self._descriptor)
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Give the descriptor back, whole or not."""

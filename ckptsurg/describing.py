@@ -1,4 +1,4 @@
-"""The manifest of tensors that are trained as they are: everything is hashed, nothing is written."""
+"""Records of tensors: of bytes that pass by, or inherited; and the manifest of what is trained as it is."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .manifest import (
 from .metering import Meter, Progress
 from .parallel import run
 from .plans import Action, Plan, PlannedTensor
-from .scanning import Reading, digest_threads, segments
+from .reading import Reading, digest_threads, segments
 from .spec import Spec
 from .tensors import Buffer, Digester, TensorSource, refuse_unstorable, row_span, section
 from .wording import shown

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from .checkpoints import extents_of
 from .errors import CheckpointError
 from .metering import Meter, Progress
+from .reading import unequal
 from .renaming import unwrapped
 from .report import Difference, DiffReport
-from .scanning import unequal
 from .tensors import FLOATS, Buffer, TensorSource, digest_of, refuse_unstorable
 from .wording import shown
 
@@ -39,13 +39,10 @@ def diff(a: TensorSource, b: TensorSource, *, jobs: int = 1, progress: Progress 
     """
     for source in (a, b):
         refuse_unstorable(source.label, source.tensors)
-    meter = Meter(sum(info.nbytes for name, info in a.tensors.items() if b.tensors.get(name) == info), progress)
+    alike = [name for name, info in a.tensors.items() if b.tensors.get(name) == info]
+    meter = Meter(sum(a.tensors[name].nbytes for name in alike), progress)
     here, there = extents_of(a), extents_of(b)
-    pairs = {
-        name: (here[name], there[name])
-        for name, info in a.tensors.items()
-        if b.tensors.get(name) == info and name in here and name in there
-    }
+    pairs = {name: (here[name], there[name]) for name in alike if name in here and name in there}
     differing = unequal(pairs, (a.label, b.label), meter, jobs)
     differences: list[Difference] = []
     traits: dict[str, Traits] = {}

@@ -15,12 +15,25 @@ from typing import Any
 
 from .tensors import Buffer
 
-__all__ = ["begin_writeback", "clone_range", "create", "exchange", "flush", "flush_folder", "move", "write_all"]
+__all__ = [
+    "BLOCK_BYTES",
+    "begin_writeback",
+    "clone_range",
+    "create",
+    "exchange",
+    "flush",
+    "flush_folder",
+    "move",
+    "write_all",
+]
+
+#: What file systems share extents in units of, in bytes.
+BLOCK_BYTES = 4096
 
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
-_FICLONERANGE = 0x4020940D
+_FICLONERANGE = getattr(fcntl, "FICLONERANGE", 0x4020940D)  # named by Python 3.12 and later
 _SYNC_FILE_RANGE_WRITE = 2
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
 
 from .checkpoints import Checkpoint
 from .documents import Document, Model
-from .errors import SpecError
 from .tensors import TensorInfo
 
-__all__ = ["Inspection", "inspect_checkpoint", "selected_names"]
+__all__ = ["Inspection", "inspect_checkpoint"]
 
 
 class FileSize(Model):
@@ -58,6 +56,8 @@ def inspect_checkpoint(checkpoint: Checkpoint, patterns: Sequence[str] = ()) -> 
     """
     names = list(checkpoint.tensors)
     if patterns:
+        from .selectors import selected_names  # here, for without patterns there is no need of numpy
+
         names = selected_names(checkpoint.tensors, patterns, checkpoint.metadata)
     infos, place = checkpoint.tensors, checkpoint.file_of
     return Inspection(
@@ -67,31 +67,3 @@ def inspect_checkpoint(checkpoint: Checkpoint, patterns: Sequence[str] = ()) -> 
             name: TensorPlace(dtype=infos[name].dtype, shape=infos[name].shape, file=place(name)) for name in names
         },
     )
-
-
-def selected_names(
-    tensors: Mapping[str, TensorInfo], patterns: Sequence[str], metadata: Mapping[str, str] | None
-) -> list[str]:
-    """The names that patterns select, the later one winning.
-
-    Args:
-        tensors: Dtype and shape by name.
-        patterns: As in a spec.
-        metadata: Of the checkpoint, which may say how layers follow one another.
-
-    Raises:
-        SpecError: if a pattern cannot be read or selects nothing.
-    """
-    # Here, for without patterns there is no need of what they take: numpy above all.
-    from .layers import from_metadata
-    from .matching import Names
-    from .parsing import Text
-    from .selectors import Space, select
-    from .spec import Spec
-
-    spec = Spec.from_text(Text("patterns", {"version": 1, "freeze": list(patterns)}))
-    space = Space(Names(list(tensors), from_metadata(metadata)), tensors)
-    selection = select(spec, ("freeze",), spec.freeze or (), space)
-    if selection.problems:
-        raise SpecError("patterns", [replace(problem, path="") for problem in selection.problems])
-    return [name for name, selected in zip(tensors, selection.mask.tolist(), strict=True) if selected]

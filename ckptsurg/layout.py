@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .checkpoints import Checkpoint, Extent, StoredFile, read_extent
-from .copying import BLOCK
+from .disk import BLOCK_BYTES
 from .header import encode_header
 from .plans import PlannedTensor
 
@@ -149,7 +149,7 @@ def _file(
         return OutputFile(name, tensors, header, file)
     ordered, page = arrange(tensors, base.extents)
     return OutputFile(
-        name, ordered, encode_header({tensor.name: tensor.info for tensor in ordered}, metadata, page, BLOCK)
+        name, ordered, encode_header({tensor.name: tensor.info for tensor in ordered}, metadata, page, BLOCK_BYTES)
     )
 
 
@@ -191,18 +191,18 @@ class _Run:
     @property
     def shareable(self) -> int:
         """Bytes in whole pages."""
-        return max(0, self.end // BLOCK - -(-self.start // BLOCK)) * BLOCK
+        return max(0, self.end // BLOCK_BYTES - -(-self.start // BLOCK_BYTES)) * BLOCK_BYTES
 
     def trim(self) -> None:
         """Give up small tensors at both ends: they have little to share, and are of use as fillers."""
-        if all(tensor.info.nbytes < BLOCK for tensor in self.tensors):
+        if all(tensor.info.nbytes < BLOCK_BYTES for tensor in self.tensors):
             return
         for _ in range(_TRIMMED):
             # The data of a file begins at a multiple of 8, so a run that could begin it stays one that can.
-            if (size := self.tensors[0].info.nbytes) < BLOCK and (self.start + size) % 8 == 0:
+            if (size := self.tensors[0].info.nbytes) < BLOCK_BYTES and (self.start + size) % 8 == 0:
                 del self.tensors[0]
                 self.start += size
-            if (size := self.tensors[-1].info.nbytes) < BLOCK:
+            if (size := self.tensors[-1].info.nbytes) < BLOCK_BYTES:
                 del self.tensors[-1]
                 self.end -= size
 
@@ -232,7 +232,7 @@ def arrange(tensors: Sequence[PlannedTensor], extents: Mapping[str, Extent]) -> 
         run.trim()
     # Odd-sized tensors change the phase of all behind them. Taken out, what is left falls into classes of one phase
     # each, and they are what bridges from one class to the next.
-    regular = _runs([tensor for tensor in tensors if tensor.info.nbytes % BLOCK == 0], extents)
+    regular = _runs([tensor for tensor in tensors if tensor.info.nbytes % BLOCK_BYTES == 0], extents)
     chains = [*_chains(whole, tensors, by_phase=False), *_chains(regular, tensors, by_phase=True)]
     if not chains:
         return _aligned(tensors), None
@@ -244,7 +244,7 @@ def arrange(tensors: Sequence[PlannedTensor], extents: Mapping[str, Extent]) -> 
     start = best.start - sum(tensor.info.nbytes for tensor in wide)
     if wide and start % 8 == 0:
         rest = [tensor for tensor in loose if not best.end % tensor.info.alignment]
-        return _aligned(wide) + best.tensors + _aligned(rest), start % BLOCK
+        return _aligned(wide) + best.tensors + _aligned(rest), start % BLOCK_BYTES
     # Where it does not, the chain gives up its tail until all is aligned behind it, the widest dtype first.
     while best.tensors and loose and best.end % max(tensor.info.alignment for tensor in loose):
         tensor = best.tensors.pop()
@@ -252,7 +252,7 @@ def arrange(tensors: Sequence[PlannedTensor], extents: Mapping[str, Extent]) -> 
         loose.append(tensor)
     if not best.tensors:
         return _aligned(tensors), None
-    return best.tensors + _aligned(loose), best.start % BLOCK
+    return best.tensors + _aligned(loose), best.start % BLOCK_BYTES
 
 
 def _aligned(tensors: Iterable[PlannedTensor]) -> list[PlannedTensor]:
@@ -288,7 +288,7 @@ def _chains(runs: Sequence[_Run], tensors: Sequence[PlannedTensor], *, by_phase:
     for first in sorted(starts, key=lambda run: (-run.shareable, run.start))[:_STARTS_TRIED]:
         others = [run for run in runs if run is not first]
         if by_phase:
-            others.sort(key=lambda run: (run.start - first.end) % BLOCK)
+            others.sort(key=lambda run: (run.start - first.end) % BLOCK_BYTES)
         yield _chain(first, others, fillers)
 
 
@@ -297,7 +297,7 @@ def _chain(first: _Run, others: Sequence[_Run], fillers: Sequence[PlannedTensor]
     chain = _Chain(list(first.tensors), first.start, first.end, first.shareable)
     hopeless: set[int] = set()
     for run in others:
-        gap = (run.start - chain.end) % BLOCK
+        gap = (run.start - chain.end) % BLOCK_BYTES
         between = None if gap in hopeless else _fill(gap, chain.end, fillers[:_FILLERS_TRIED])
         if between is None:
             hopeless.add(gap)
@@ -320,12 +320,12 @@ def _fill(gap: int, position: int, fillers: Sequence[PlannedTensor]) -> list[Pla
     if gap == 0:
         return []
     usable = [tensor for tensor in fillers if position % tensor.info.alignment == 0]
-    everything = (1 << BLOCK) - 1
+    everything = (1 << BLOCK_BYTES) - 1
     reached = [1]
     for tensor in usable:
-        shift = tensor.info.nbytes % BLOCK
+        shift = tensor.info.nbytes % BLOCK_BYTES
         bits = reached[-1]
-        reached.append(bits | (bits << shift & everything) | bits >> (BLOCK - shift))
+        reached.append(bits | (bits << shift & everything) | bits >> (BLOCK_BYTES - shift))
         if reached[-1] >> gap & 1:
             break
     if not reached[-1] >> gap & 1:
@@ -334,5 +334,5 @@ def _fill(gap: int, position: int, fillers: Sequence[PlannedTensor]) -> list[Pla
     for k in range(len(reached) - 1, 0, -1):
         if not reached[k - 1] >> gap & 1:
             chosen.append(usable[k - 1])
-            gap = (gap - usable[k - 1].info.nbytes) % BLOCK
+            gap = (gap - usable[k - 1].info.nbytes) % BLOCK_BYTES
     return _aligned(chosen)

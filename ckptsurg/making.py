@@ -21,11 +21,11 @@ from .metering import Meter
 from .moments import MeanRow, moments
 from .parallel import Step
 from .plans import PlannedTensor
-from .scanning import Consumer
-from .tensors import DTYPE_BITS, Buffer
+from .reading import Consumer
+from .tensors import CHUNK_BYTES, DTYPE_BITS, Buffer
 from .wording import shown
 
-__all__ = ["Place", "made", "overlay"]
+__all__ = ["Slot", "made", "overlay"]
 
 #: Bytes by where they begin and end, in chunks; asked for in any order, or in theirs alone.
 _Ranges: TypeAlias = Callable[[int, int], Iterable[Buffer]]
@@ -33,7 +33,7 @@ _Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Slot:
     """Where the bytes of a tensor go.
 
     Attributes:
@@ -49,7 +49,7 @@ class Place:
     meter: Meter
 
 
-def made(tensor: PlannedTensor, base: Checkpoint, seed: int, spec: str, place: Place) -> Iterator[Step]:
+def made(tensor: PlannedTensor, base: Checkpoint, seed: int, spec: str, slot: Slot) -> Iterator[Step]:
     """The steps, in their order.
 
     Args:
@@ -57,7 +57,7 @@ def made(tensor: PlannedTensor, base: Checkpoint, seed: int, spec: str, place: P
         base: Where it is read from, or what is kept of it.
         seed: Of the drawing.
         spec: How messages call the spec.
-        place: Where it goes.
+        slot: Where it goes.
 
     Raises:
         SpecError: (by a step) if a value does not fit the dtype, or there is none to be drawn like.
@@ -66,35 +66,68 @@ def made(tensor: PlannedTensor, base: Checkpoint, seed: int, spec: str, place: P
     size = DTYPE_BITS[tensor.dtype] // 8
     draw = _drawing(tensor, base, seed, spec)
     if tensor.action == "copy":
-        yield _Streamed(lambda: base.read(tensor.name), range(tensor.info.nbytes), place, _changed(base, tensor))
+        yield _Streamed(lambda: base.read(tensor.name), range(tensor.info.nbytes), slot, _changed(base, tensor))
     elif not tensor.keep:
-        yield from _drawn(draw, range(tensor.info.elements), size, place)
+        yield from _drawn(draw, range(tensor.info.elements), size, slot)
     else:
         old = base.tensors[tensor.name].shape
         # What only shrinks draws nothing, so nothing is asked of its old values. They are asked before the old
         # tensor's own stream begins: some sources have one buffer for all that they read.
         if any(now > before for before, now in zip(old, tensor.shape, strict=True)):
-            yield _Drawn(draw, range(0), size, place)
-        kept = _once(lambda: base.ranges(tensor.name))
-        position = 0
-        for is_old, start, length in overlay(old, tensor.shape):
-            if is_old:
-                read = partial(_read_range, kept, start * size, (start + length) * size)
-                span = range(position * size, (position + length) * size)
-                yield _Streamed(read, span, place, _changed(base, tensor))
-            else:
-                yield from _drawn(draw, range(start, start + length), size, place)
-            position += length
-    if place.consumer is not None:
-        yield _Finished(place.consumer)
+            yield _Drawn(draw, range(0), size, slot)
+        yield from _overlaid(tensor, base, draw, slot)
+    if slot.consumer is not None:
+        yield _Finished(slot.consumer)
+
+
+def _overlaid(tensor: PlannedTensor, base: Checkpoint, draw: Callable[[int, int], bytes], slot: Slot) -> Iterator[Step]:
+    """The steps of a tensor of which a part is the old one. Where its rows grow, ranges are short: many are a step."""
+    size = DTYPE_BITS[tensor.dtype] // 8
+    old = _once(lambda: base.ranges(tensor.name))
+    short: list[tuple[bool, int, int]] = []
+    done = waiting = 0
+
+    def together() -> Iterator[Step]:
+        if short:
+            read = partial(_joined, tuple(short), old, draw, size)
+            yield _Streamed(read, range(done * size, (done + waiting) * size), slot, _changed(base, tensor))
+            short.clear()
+
+    for is_old, start, length in overlay(base.tensors[tensor.name].shape, tensor.shape):
+        if not is_old and length >= BLOCK:
+            yield from together()
+            done, waiting = done + waiting, 0
+            yield from _drawn(draw, range(start, start + length), size, slot)
+            done += length
+            continue
+        short.append((is_old, start, length))
+        waiting += length
+        if waiting >= BLOCK:
+            yield from together()
+            done, waiting = done + waiting, 0
+    yield from together()
+
+
+def _joined(
+    ranges: Iterable[tuple[bool, int, int]],
+    old: Callable[[], _Ranges],
+    draw: Callable[[int, int], bytes],
+    size: int,
+) -> Iterator[Buffer]:
+    """Old and drawn elements, one range after the other, in chunks that are worth a write."""
+    chunk = bytearray()
+    for is_old, start, length in ranges:
+        parts = old()(start * size, (start + length) * size) if is_old else [draw(start, start + length)]
+        for part in parts:
+            chunk += part
+            if len(chunk) >= CHUNK_BYTES:
+                yield chunk
+                chunk = bytearray()
+    yield chunk
 
 
 def _changed(base: Checkpoint, tensor: PlannedTensor) -> str:
-    return f'{base.label}: "{shown(tensor.name)}" was changed while it was read'
-
-
-def _read_range(ranges: Callable[[], _Ranges], start: int, stop: int) -> Iterable[Buffer]:
-    return ranges()(start, stop)
+    return f'{base.label}: "{shown(tensor.name)}" was changed while it was read; nothing was published'
 
 
 def _drawing(tensor: PlannedTensor, base: Checkpoint, seed: int, spec: str) -> Callable[[int, int], bytes]:
@@ -122,22 +155,22 @@ def _values(tensor: PlannedTensor, base: Checkpoint, seed: int) -> _Ranges:
     return Drawing(seed, name, tensor.info, init).read
 
 
-def _drawn(draw: Callable[[int, int], bytes], elements: range, size: int, place: Place) -> Iterator[_Drawn]:
+def _drawn(draw: Callable[[int, int], bytes], elements: range, size: int, slot: Slot) -> Iterator[_Drawn]:
     """A range of elements; where it is empty, a step all the same, which finds out whether they could be drawn."""
     for start in range(elements.start, max(elements.stop, elements.start + 1), BLOCK):
-        yield _Drawn(draw, range(start, min(start + BLOCK, elements.stop)), size, place)
+        yield _Drawn(draw, range(start, min(start + BLOCK, elements.stop)), size, slot)
 
 
 def _once(make: Callable[[], _Made]) -> Callable[[], _Made]:
     """What is made when it is first asked for, by whichever thread, and only once."""
     lock = Lock()
-    made: list[_Made] = []
+    kept: list[_Made] = []
 
     def get() -> _Made:
         with lock:
-            if not made:
-                made.append(make())
-        return made[0]
+            if not kept:
+                kept.append(make())
+        return kept[0]
 
     return get
 
@@ -152,16 +185,16 @@ class _Drawn:
     draw: Callable[[int, int], bytes]
     elements: range
     size: int
-    place: Place
+    slot: Slot
 
     def fetch(self, buffer: memoryview) -> bytes:
         data = self.draw(self.elements.start, self.elements.stop)
-        self.place.target.write(data, self.place.offset + self.elements.start * self.size)
+        self.slot.target.write(data, self.slot.offset + self.elements.start * self.size)
         return data
 
     def follow(self, data: Buffer) -> None:
-        if self.place.consumer is not None:
-            self.place.consumer.update(data)
+        if self.slot.consumer is not None:
+            self.slot.consumer.update(data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +203,7 @@ class _Streamed:
 
     read: Callable[[], Iterable[Buffer]]
     span: range
-    place: Place
+    slot: Slot
     complaint: str
 
     def fetch(self, buffer: memoryview) -> bytes:
@@ -181,10 +214,10 @@ class _Streamed:
         for chunk in self.read():
             if position + len(chunk) > self.span.stop:
                 raise CheckpointError(self.complaint)
-            self.place.target.write(chunk, self.place.offset + position, "copied")
-            if self.place.consumer is not None:
-                self.place.consumer.update(chunk)
-            self.place.meter.advance(len(chunk))
+            self.slot.target.write(chunk, self.slot.offset + position, "copied")
+            if self.slot.consumer is not None:
+                self.slot.consumer.update(chunk)
+            self.slot.meter.advance(len(chunk))
             position += len(chunk)
         if position != self.span.stop:
             raise CheckpointError(self.complaint)
@@ -224,14 +257,14 @@ def overlay(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[bool, int,
     row = prod(new[pivot + 1 :])
     kept = min(old[pivot], new[pivot]) * row
     drawn_from: int | None = None
-    for number, place in enumerate(product(*map(range, new[:pivot]))):
+    for number, outer in enumerate(product(*map(range, new[:pivot]))):
         start = number * new[pivot] * row
         drawn_from = start if drawn_from is None else drawn_from
-        if kept and all(index < size for index, size in zip(place, old[:pivot], strict=True)):
+        if kept and all(index < size for index, size in zip(outer, old[:pivot], strict=True)):
             if start > drawn_from:
                 yield False, drawn_from, start - drawn_from
             old_number = 0
-            for index, size in zip(place, old[:pivot], strict=True):
+            for index, size in zip(outer, old[:pivot], strict=True):
                 old_number = old_number * size + index
             yield True, old_number * old[pivot] * row, kept
             drawn_from = start + kept

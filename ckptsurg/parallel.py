@@ -14,8 +14,10 @@ from typing import Protocol, TypeAlias
 from .metering import Meter
 from .tensors import Buffer
 
-__all__ = ["Segment", "Step", "available_jobs", "buffer_bytes", "run"]
+__all__ = ["MOST_JOBS", "Segment", "Step", "available_jobs", "buffer_bytes", "run"]
 
+#: How many threads may be asked for.
+MOST_JOBS = 1024
 _MOST_BUFFER_BYTES = 2 << 20
 _ALL_BUFFERS_BYTES = 32 << 20
 _LEAST_BUFFER_BYTES = 64 << 10
@@ -70,38 +72,49 @@ def run(segments: Iterable[Segment], jobs: int, meter: Meter) -> None:
     Raises:
         Exception: The first that a step raised; the others stop at their next step.
     """
-    crew = _Crew(segments, buffer_bytes(jobs), meter)
-    threads = [Thread(target=crew.work, name=f"ckptsurg-{number}") for number in range(jobs)] if jobs > 1 else []
-    started = _started(threads)
+    pool = _Pool(segments, buffer_bytes(jobs), meter)
+    threads = [Thread(target=pool.work, name=f"ckptsurg-{number}") for number in range(jobs)] if jobs > 1 else []
     try:
-        if not started:
-            crew.work()
-        for thread in started:
+        if not _start(threads):
+            pool.work()
+        for thread in threads:
             while thread.is_alive():
                 thread.join(_TOLD_EVERY)
                 meter.tell()
     finally:
-        crew.stop()
-        for thread in started:
-            thread.join()
-    if crew.failure is not None:
-        raise crew.failure
+        pool.stop()
+        _wait(threads)
+    if pool.failure is not None:
+        raise pool.failure
     meter.tell()
 
 
-def _started(threads: Iterable[Thread]) -> list[Thread]:
-    """Threads that could be started: a process may be allowed only so many."""
-    started = []
+def _start(threads: Iterable[Thread]) -> int:
+    """Start threads; how many could be: a process may be allowed only so many."""
+    started = 0
     for thread in threads:
         try:
             thread.start()
         except RuntimeError:
             break
-        started.append(thread)
+        started += 1
     return started
 
 
-class _Lane:
+def _wait(threads: Iterable[Thread]) -> None:
+    """Wait for threads that soon end, whoever interrupts: they use what is closed after them."""
+    interruption: BaseException | None = None
+    for thread in threads:
+        while thread.is_alive():
+            try:
+                thread.join()
+            except BaseException as raised:  # it is raised again
+                interruption = raised
+    if interruption is not None:
+        raise interruption
+
+
+class _Strand:
     """A segment that is being worked on.
 
     Attributes:
@@ -109,12 +122,14 @@ class _Lane:
         begun: How many were begun.
         followed: How many are done.
         turn: Guards ``followed``, and tells of its changes.
+        has_failed: Whether one failed: those after it would follow on what is not there.
     """
 
     def __init__(self, segment: Segment) -> None:
         self.steps = segment
         self.begun = self.followed = 0
         self.turn = Condition()
+        self.has_failed = False
 
     def do(self, number: int, step: Step, buffer: memoryview) -> int:
         """Do a step; how many bytes it was. Its turn comes and goes even where it fails: others wait for theirs."""
@@ -124,17 +139,20 @@ class _Lane:
         finally:
             with self.turn:
                 self.turn.wait_for(lambda: self.followed == number)
+            is_done = False
             try:
-                if data is not None:
+                if data is not None and not self.has_failed:
                     step.follow(data)
+                    is_done = True
             finally:
                 with self.turn:
+                    self.has_failed = self.has_failed or not is_done
                     self.followed += 1
                     self.turn.notify_all()
         return len(data)
 
 
-class _Crew:
+class _Pool:
     """The threads of a run.
 
     Attributes:
@@ -143,7 +161,7 @@ class _Crew:
 
     def __init__(self, segments: Iterable[Segment], size: int, meter: Meter) -> None:
         self._segments, self._size, self._meter = iter(segments), size, meter
-        self._lanes: list[_Lane] = []
+        self._strands: list[_Strand] = []
         self._lock = Lock()
         self._is_stopped = False
         self.failure: BaseException | None = None
@@ -155,32 +173,32 @@ class _Crew:
         """Do one step after another until there is none left."""
         try:
             buffer = memoryview(bytearray(self._size))
-            lane: _Lane | None = None
-            while (taken := self._take(lane)) is not None:
-                lane, number, step = taken
-                self._meter.advance(lane.do(number, step, buffer))
+            strand: _Strand | None = None
+            while (taken := self._take(strand)) is not None:
+                strand, number, step = taken
+                self._meter.advance(strand.do(number, step, buffer))
         except BaseException as failure:  # it is raised again in the thread that waits
             self.failure = self.failure or failure
             self.stop()
 
-    def _take(self, own: _Lane | None) -> tuple[_Lane, int, Step] | None:
-        """The next step: of the thread's own lane, or of a new one, or else of another's."""
+    def _take(self, own: _Strand | None) -> tuple[_Strand, int, Step] | None:
+        """The next step: of the thread's own strand, or of a new one, or else of another's."""
         with self._lock:
-            for lane in self._candidates(own):
+            for strand in self._candidates(own):
                 if self._is_stopped:
                     return None
-                step = next(lane.steps, None)
+                step = next(strand.steps, None)
                 if step is not None:
-                    lane.begun += 1
-                    return lane, lane.begun - 1, step
-                self._lanes.remove(lane)
+                    strand.begun += 1
+                    return strand, strand.begun - 1, step
+                self._strands.remove(strand)
         return None
 
-    def _candidates(self, own: _Lane | None) -> Iterator[_Lane]:
-        if own in self._lanes:
+    def _candidates(self, own: _Strand | None) -> Iterator[_Strand]:
+        if own in self._strands:
             yield own
         for segment in self._segments:
-            lane = _Lane(segment)
-            self._lanes.append(lane)
-            yield lane
-        yield from list(self._lanes)
+            strand = _Strand(segment)
+            self._strands.append(strand)
+            yield strand
+        yield from list(self._strands)

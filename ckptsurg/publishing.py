@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -154,24 +154,35 @@ class Staging:
         with source.open("rb") as file:
             size, position = os.fstat(file.fileno()).st_size, 0
             target = self.create(name, size)
-            while chunk := file.read(1 << 20):
+            while position < size and (chunk := file.read(min(1 << 20, size - position))):
                 target.write(chunk, position)
                 position += len(chunk)
-        if position != size:
+            has_grown = bool(file.read(1))
+        if position != size or has_grown:
             raise CheckpointError(f"{shown(source)}: was changed while it was read; nothing was published")
 
-    def link(self, name: str, source: Path, file: StoredFile) -> bool:
-        """Another name for a file of the base, on disk; False where a name on this file system cannot be its."""
+    def link(self, name: str, source: Path, file: StoredFile) -> str | None:
+        """Another name for a file of the base, on disk; or why there can be none."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            path.hardlink_to(source)
-        except OSError:
-            return False
-        if not os.path.samestat(path.stat(), file.status):
+            path.hardlink_to(os.path.realpath(source))  # of a symbolic link there would be another symbolic link
+        except OSError as failure:
+            return failure.strerror or str(failure)
+        if not os.path.samestat(path.lstat(), file.status):
             raise CheckpointError(f"{shown(source)}: was replaced while it was read; nothing was published")
         disk.flush(file.descriptor)
-        return True
+        return None
+
+    def shares_with(self, file: StoredFile) -> bool:
+        """Whether files here can share blocks with a file."""
+        path = self.folder / "probe"
+        descriptor = disk.create(path)
+        try:
+            return disk.clone_range(file.descriptor, 0, 0, descriptor, 0)
+        finally:
+            os.close(descriptor)
+            path.unlink()
 
     def publish_folder(self, out: Path, *, overwrite: bool) -> None:
         """Rename the staging folder to its target."""
@@ -204,12 +215,13 @@ class Staging:
 
 
 @contextmanager
-def staged(target: Path, size: int) -> Iterator[Staging]:
+def staged(target: Path, size: int, spared: Callable[[Staging], int] | None = None) -> Iterator[Staging]:
     """A staging folder beside a target, on the same file system; it is gone at the end, whatever happens.
 
     Args:
         target: What will be published.
-        size: Bytes that will be written; refused at once where the file system says that it has less.
+        size: Of all of it, in bytes; refused at once where the file system says that it has less.
+        spared: How many bytes of it will take no room, asked if there is too little.
 
     Raises:
         SystemFailure: if the system fails, with nothing published.
@@ -221,11 +233,13 @@ def staged(target: Path, size: int) -> Iterator[Staging]:
         except (FileExistsError, NotADirectoryError):
             raise UsageError(f"{label}: a part of the path is a file, not a folder") from None
         space = os.statvfs(target.parent)
-        if size > (available := space.f_bavail * space.f_frsize):
-            raise SystemFailure(f"{label}: needs {size:,} bytes, but the file system has {available:,} left")
         staging = Staging(target.parent / f".{target.name[:40]}.ckptsurg-{secrets.token_hex(6)}")
         staging.folder.mkdir()
     try:
+        if size > (available := space.f_bavail * space.f_frsize):
+            size -= spared(staging) if spared is not None else 0
+        if size > available:
+            raise SystemFailure(f"{label}: needs {size:,} bytes, but the file system has {available:,} left")
         yield staging
     except OSError as failure:
         done = "what was published may not be whole or on disk" if staging.published else "nothing was published"

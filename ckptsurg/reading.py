@@ -1,187 +1,232 @@
-"""The text of a spec or a map of names, and the line on which each thing stands.
-
-YAML is read as the 1.2 core schema (https://yaml.org/spec/1.2.2/#103-core-schema), except that a number
-with a leading zero stays text; a document is at most 1 MiB unless its kind says otherwise.
-"""
+"""Tensors as they lie in files, read in threads: each byte once, neighbours together, into buffers used again."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Hashable
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from threading import local
+from typing import Protocol, TypeAlias
 
-import yaml
+from .checkpoints import Extent, StoredFile, read_into
+from .metering import Meter
+from .parallel import Segment, available_jobs, buffer_bytes, run
+from .tensors import Buffer, Digester, same_bytes
 
-from .errors import DocumentError, Problem
-from .parsing import MAX_DIGITS, Place, Text, describe_place, parse_json, read_bytes
-from .wording import shown
+__all__ = ["Consumer", "Reading", "Write", "digest_threads", "digests", "segments", "unequal"]
 
-__all__ = ["read_text"]
-
-MAX_DOCUMENT_BYTES = 1 << 20
-MAX_DEPTH = 64
+#: Neighbours are read by one thread until they are so many bytes.
+_SEGMENT_BYTES = 32 << 20
 
 
-def read_text(path: Path, error: type[DocumentError], *, limit: int = MAX_DOCUMENT_BYTES) -> Text:
-    """Read a YAML document, or a JSON one where the name ends in ``.json``.
+class Consumer(Protocol):
+    """What is told the bytes of one tensor, in their order."""
+
+    def update(self, data: Buffer, /) -> None: ...
+
+    def finish(self) -> None:
+        """Called after the last byte."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Bytes that are to be read, and who wants to know them."""
+
+    extent: Extent
+    consumer: Consumer | None = None
+
+
+#: Given bytes of a file and where in it they were: puts them where they belong.
+Write: TypeAlias = Callable[[memoryview, int], None]
+
+
+def segments(readings: Iterable[Reading], label: str, jobs: int, write: Write | None = None) -> Iterator[Segment]:
+    """Work for ``parallel.run``: neighbours together, and every tensor in one segment.
 
     Args:
-        path: The file.
-        error: What to raise for text that is not a document.
-        limit: Largest size, in bytes.
+        readings: In the order of their bytes.
+        label: How messages call the source.
+        jobs: How many threads there will be.
+        write: Where bytes go besides; None if they are only read.
+    """
+    size = buffer_bytes(jobs)
+    group: list[Reading] = []
+    filled = 0
+    for reading in readings:
+        if not reading.extent.length:
+            if reading.consumer is not None:
+                reading.consumer.finish()
+            continue
+        group.append(reading)
+        filled += reading.extent.length
+        if filled >= _SEGMENT_BYTES:
+            yield _pieces(group, label, size, write)
+            group, filled = [], 0
+    if group:
+        yield _pieces(group, label, size, write)
+
+
+def _pieces(readings: Iterable[Reading], label: str, size: int, write: Write | None) -> Iterator[_Piece]:
+    """Pieces of at most a buffer's size: several tensors, or a part of one.
+
+    The parts of a tensor are cut at multiples of the size from its own start, where the tree of BLAKE3 has large
+    subtrees: cut elsewhere, threads have half the speed on it.
+    """
+    piece: _Piece | None = None
+    for reading in readings:
+        extent = reading.extent
+        position, end = extent.offset, extent.offset + extent.length
+        if piece is not None and not piece.has_room(extent, size):
+            yield piece
+            piece = None
+        while position < end:
+            if piece is None:
+                piece = _Piece(extent.file, position, label, write)
+            stop = min(end, position + size)
+            piece.add(stop, reading.consumer, is_last=stop == end)
+            position = stop
+            if position < end:
+                yield piece
+                piece = None
+    if piece is not None:
+        yield piece
+
+
+class _Piece:
+    """Bytes of a file that are read at one go."""
+
+    def __init__(self, file: StoredFile, start: int, label: str, write: Write | None) -> None:
+        self._file, self._start, self._stop = file, start, start
+        self._label, self._write = label, write
+        self._parts: list[tuple[Consumer, int, int, bool]] = []
+
+    def has_room(self, extent: Extent, size: int) -> bool:
+        """Whether an extent goes on where it ends, and fits into a buffer with it."""
+        is_next = extent.file is self._file and extent.offset == self._stop
+        return is_next and self._stop - self._start + extent.length <= size
+
+    def add(self, stop: int, consumer: Consumer | None, *, is_last: bool) -> None:
+        """Let it go on to an offset; whether that is the end of a tensor."""
+        if consumer is not None:
+            self._parts.append((consumer, self._stop - self._start, stop - self._start, is_last))
+        self._stop = stop
+
+    def fetch(self, buffer: memoryview) -> memoryview:
+        view = buffer[: self._stop - self._start]
+        read_into(view, self._file, self._start, self._label)
+        if self._write is not None:
+            self._write(view, self._start)
+        return view
+
+    def follow(self, data: Buffer) -> None:
+        view = memoryview(data)
+        for consumer, first, stop, is_last in self._parts:
+            consumer.update(view[first:stop])
+            if is_last:
+                consumer.finish()
+
+
+# --- What is read to be known -----------------------------------------------------------------------
+
+
+class _Digesting:
+    """The digest of a tensor in the making."""
+
+    def __init__(self, name: str, algorithm: str, threads: int | None, found: dict[str, str]) -> None:
+        self._name, self._digester, self._found = name, Digester(algorithm, threads), found
+        self.update = self._digester.update
+
+    def finish(self) -> None:
+        self._found[self._name] = str(self._digester)
+
+
+def digest_threads(nbytes: int, total: int, jobs: int) -> int | None:
+    """How many threads may work on a digest: more than one where others would have to wait for it; None for all.
+
+    Args:
+        nbytes: Size of the tensor, in bytes.
+        total: Of all tensors, in bytes.
+        jobs: How many threads there are for all.
+    """
+    if nbytes * jobs <= total:
+        return 1
+    return None if jobs >= available_jobs() else jobs
+
+
+def digests(wanted: Mapping[str, tuple[Extent, str]], label: str, meter: Meter, jobs: int) -> dict[str, str]:
+    """The digests of tensors.
+
+    Args:
+        wanted: Where their bytes are, and the algorithm, by name.
+        label: How messages call the source.
+        meter: Told how many bytes are read.
+        jobs: How many threads read.
 
     Raises:
-        UsageError: if there is no such file.
+        CheckpointError: if a file was cut short meanwhile.
         SystemFailure: if it cannot be read.
     """
-    label = shown(path)
-
-    def refuse(message: str, line: int | None = None) -> NoReturn:
-        raise error(label, [Problem("", message, line)])
-
-    raw = read_bytes(path, limit, error)
-    try:
-        content = raw.decode("utf-8")
-    except UnicodeDecodeError as failure:
-        refuse(f"not UTF-8: byte {failure.start} is 0x{raw[failure.start]:02x}", raw[: failure.start].count(b"\n") + 1)
-    if path.suffix == ".json":
-        return Text(label, *_parse_json_text(content, refuse))
-    return Text(label, *_Builder(content.removeprefix("\ufeff"), refuse).build())
+    total = sum(extent.length for extent, _ in wanted.values())
+    found: dict[str, str] = {}
+    readings = (
+        Reading(extent, _Digesting(name, algorithm, digest_threads(extent.length, total, jobs), found))
+        for name, (extent, algorithm) in sorted(wanted.items(), key=lambda item: _place(item[1][0]))
+    )
+    run(segments(readings, label, jobs), jobs, meter)
+    return found
 
 
-def _parse_json_text(content: str, refuse: Callable[..., NoReturn]) -> tuple[Any, dict[Place, int]]:
-    try:
-        data = parse_json(content)
-    except ValueError as failure:
-        at = re.search(r"at character ([0-9,]+)$", str(failure))
-        refuse(str(failure), content.count("\n", 0, int(at[1].replace(",", ""))) + 1 if at else None)
-    # JSON is YAML but for tabs between tokens, so the same reader finds the lines; where it does
-    # not (an escape that only JSON has), messages do without.
-    try:
-        lines = _Builder(content.replace("\t", " "), refuse).build()[1] if len(content) <= MAX_DOCUMENT_BYTES else {}
-    except DocumentError:
-        lines = {}
-    return data, lines
+class _Comparing:
+    """A comparison with bytes of another place, in the making."""
+
+    def __init__(self, name: str, other: Extent, label: str, found: set[str]) -> None:
+        self._name, self._other, self._label, self._found = name, other, label, found
+        self._position = other.offset
+        self._differs = False
+
+    def update(self, data: Buffer) -> None:
+        if not self._differs:
+            spare = _spare(len(data))
+            read_into(memoryview(spare), self._other.file, self._position, self._label)
+            self._differs = not same_bytes(spare, data)
+            self._position += len(data)
+
+    def finish(self) -> None:
+        if self._differs:
+            self._found.add(self._name)
 
 
-_INT = re.compile(r"[-+]?(?:0|[1-9][0-9]*)|0o[0-7]+|0x[0-9a-fA-F]+")
-_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
-_NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
-_CONSTANTS = {
-    **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
-    **dict.fromkeys(("true", "True", "TRUE"), True),
-    **dict.fromkeys(("false", "False", "FALSE"), False),
-}
-#: Tokens that YAML takes for tags, aliases or lists although a pattern was meant.
-_WORD = r"[^\s,\[\]{}\"'#]"
-_UNQUOTED = re.compile(
-    rf"(?P<before>^|[\s,\[{{])(?P<token>(?:[!*]{_WORD}*|[^-\s,\[\]{{}}\"'#!*&]{_WORD}*(?=\[-?[0-9]*[\]:]))(?:\[[-0-9:]*\]{_WORD}*)*"
-    rf"|\[-?[0-9]*:[-0-9:]*\]|\{{[^{{}}\s:]*\}}{_WORD}+)"
-)
+def _spare(length: int) -> bytearray:
+    """A buffer of a length, of the calling thread alone: the one it had last, if that has the length."""
+    buffer: bytearray | None = getattr(_local, "spare", None)
+    if buffer is None or len(buffer) != length:
+        _local.spare = buffer = bytearray(length)
+    return buffer
 
 
-class _Builder:
-    """Builds plain data from YAML events, which are read one by one: nothing recurses, nothing is constructed."""
+_local = local()
 
-    def __init__(self, content: str, refuse: Callable[..., NoReturn]) -> None:
-        self._content = content
-        self._refuse = refuse
-        self.lines: dict[Place, int] = {}
 
-    def build(self) -> tuple[Any, dict[Place, int]]:
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        if re.search("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", self._content):
-            self._refuse("a control character in the text")
-        root: list[Any] = []
-        documents = 0
-        # The open collections: (the list or dict, its place, the key that waits for its value).
-        stack: list[tuple[Any, Place, list[Any]]] = [(root, (), [])]
-        try:
-            for event in yaml.parse(self._content, Loader=loader):
-                line = event.start_mark.line + 1 if event.start_mark is not None else 1
-                if isinstance(event, yaml.DocumentStartEvent):
-                    documents += 1
-                    if documents > 1:
-                        self._refuse("several documents in one file; expected one", line)
-                elif isinstance(event, yaml.AliasEvent):
-                    self._refuse(f"*{shown(event.anchor)} is read as an alias" + self._line_to_type(line), line)
-                elif isinstance(event, yaml.MappingEndEvent | yaml.SequenceEndEvent):
-                    stack.pop()
-                elif isinstance(event, yaml.NodeEvent):
-                    self._node(event, line, stack)
-        except yaml.YAMLError as failure:
-            mark = getattr(failure, "problem_mark", None) or getattr(failure, "context_mark", None)
-            at = mark.line + 1 if mark else None
-            problem = getattr(failure, "problem", None) or str(failure)
-            if "escape" in problem:
-                problem += "; a backslash stands for itself in single quotes: 're:.*'"
-            self._refuse(f"not YAML: {shown(problem)}" + self._line_to_type(at), at)
-        return (root[0] if root else None), self.lines
+def unequal(pairs: Mapping[str, tuple[Extent, Extent]], labels: tuple[str, str], meter: Meter, jobs: int) -> set[str]:
+    """The tensors that have other bytes in another place. Nothing is hashed.
 
-    def _node(self, event: yaml.NodeEvent, line: int, stack: list[tuple[Any, Place, list[Any]]]) -> None:
-        tag = getattr(event, "tag", None)
-        if tag is not None:
-            self._refuse(f"{shown(tag)} is read as a tag" + self._line_to_type(line), line)
-        if event.anchor is not None:
-            self._refuse(f"&{shown(event.anchor)} is read as an anchor; a spec has none", line)
-        parent, place, waiting = stack[-1]
-        value: Any
-        if isinstance(event, yaml.ScalarEvent):
-            value = self._scalar(event, line)
-        else:
-            value = {} if isinstance(event, yaml.MappingStartEvent) else []
-        if isinstance(parent, dict) and not waiting:
-            if not isinstance(value, Hashable):
-                self._refuse("a key is text or a number, not a list or mapping" + self._line_to_type(line), line)
-            # As JSON spells it: 0 and "0" are one key there.
-            spelled = value if isinstance(value, str) else json.dumps(value)
-            if (*place, spelled) in self.lines:
-                self._refuse(
-                    f'the key "{shown(value)}" stands twice in {describe_place(place) or "the document"}', line
-                )
-            waiting.append(value)
-            self.lines[(*place, spelled)] = line
-            return
-        if isinstance(parent, dict):
-            key = waiting.pop()
-            parent[key] = value
-            here = (*place, key if isinstance(key, str) else json.dumps(key))
-        else:
-            here = (*place, len(parent)) if len(stack) > 1 else ()
-            parent.append(value)
-            self.lines[here] = line
-        if isinstance(value, dict | list):
-            if len(stack) > MAX_DEPTH:
-                self._refuse(f"nested more than {MAX_DEPTH} deep", line)
-            stack.append((value, here, []))
+    Args:
+        pairs: The two places of each, of one length, by name.
+        labels: How messages call the two sources.
+        meter: Told how many bytes were compared.
+        jobs: How many threads read.
 
-    def _scalar(self, event: yaml.ScalarEvent, line: int) -> str | int | float | bool | None:
-        text: str = event.value
-        if not event.implicit[0]:
-            return text
-        if text in _CONSTANTS:
-            return _CONSTANTS[text]
-        if len(text) > MAX_DIGITS and (_INT.fullmatch(text) or _FLOAT.fullmatch(text)):
-            self._refuse(f"a number of {len(text):,} digits", line)
-        if _INT.fullmatch(text):
-            return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
-        if _NOT_FINITE.fullmatch(text):
-            self._refuse(f"{text} is not a number that a document may hold", line)
-        # A leading zero (017, 007.5) is how names are written, not numbers.
-        if _FLOAT.fullmatch(text) and not re.match(r"[-+]?0[0-9]", text):
-            value = float(text)
-            if value in (float("inf"), float("-inf")):
-                self._refuse(f"the number {text} is out of range", line)
-            return value
-        return text
+    Raises:
+        CheckpointError: if a file was cut short meanwhile.
+        SystemFailure: if one cannot be read.
+    """
+    found: set[str] = set()
+    readings = (
+        Reading(one, _Comparing(name, other, labels[1], found))
+        for name, (one, other) in sorted(pairs.items(), key=lambda item: _place(item[1][0]))
+    )
+    run(segments(readings, labels[0], jobs), jobs, meter)
+    return found
 
-    def _line_to_type(self, line: int | None) -> str:
-        """The user's own line with quotes around what YAML does not take for text."""
-        rows = self._content.splitlines()
-        if line is None or not 0 < line <= len(rows):
-            return ""
-        row = rows[line - 1].strip()
-        quoted = _UNQUOTED.sub(lambda match: f'{match["before"]}"{match["token"]}"', row)
-        return "" if quoted == row else f"; quote patterns, type: {shown(quoted)}"
+
+def _place(extent: Extent) -> tuple[str, int]:
+    return extent.file.name, extent.offset

@@ -1,4 +1,4 @@
-"""Carries a plan out: streams every tensor to its place, hashes what it writes, and publishes output and manifest."""
+"""Carries a plan out: lays the output out, has it written, and publishes it with its manifest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .carrying import Carrier
 from .checkpoints import Checkpoint
 from .config import CONFIG_NAME
 from .describing import base_files
@@ -23,6 +22,7 @@ from .publishing import Staging, refuse_target, staged
 from .spec import Spec
 from .tensors import refuse_unstorable
 from .wording import enumerate_names, shown
+from .writing import Writer
 
 __all__ = ["Destination", "convert", "rewrite"]
 
@@ -89,19 +89,17 @@ def rewrite(
         SystemFailure: if the system fails.
     """
     files = base_files(base, algorithm)
-    carrier = Carrier(
-        spec, plan, base, algorithm=algorithm, inherited=inherited or {}, jobs=jobs, link=destination.link
-    )
-    with _written(carrier, destination, progress) as staging:
+    writer = Writer(spec, plan, base, algorithm=algorithm, inherited=inherited or {}, jobs=jobs, link=destination.link)
+    with _written(writer, destination, progress) as staging:
         manifest = Manifest.of(
-            carrier.records,
+            writer.records,
             spec=SpecIdentity(name=spec.name, digest=spec.digest(algorithm)),
             base=files,
             dropped=[tensor.name for tensor in plan.tensors if tensor.action == "drop"],
             algorithm=algorithm,
         )
         _publish(staging, manifest.to_bytes(), destination)
-    _log.info("%s", carrier.amounts)
+    _log.info("%s", writer.amounts)
     return manifest
 
 
@@ -112,27 +110,28 @@ def convert(
     beside = manifest_path(destination.out)
     if is_file_output(destination.out) and os.path.lexists(beside):
         raise UsageError(f"{shown(beside)}: a manifest that would speak for the output; move it, or call OUT otherwise")
-    carrier = Carrier(Spec(version=1), plan, base, algorithm=None, inherited={}, jobs=jobs, link=destination.link)
-    with _written(carrier, destination, progress) as staging:
+    writer = Writer(Spec(version=1), plan, base, algorithm=None, inherited={}, jobs=jobs, link=destination.link)
+    with _written(writer, destination, progress) as staging:
         _publish_weights(staging, destination)
-    _log.info("%s", carrier.amounts)
+    _log.info("%s", writer.amounts)
 
 
 @contextmanager
-def _written(carrier: Carrier, destination: Destination, progress: Progress | None) -> Iterator[Staging]:
+def _written(writer: Writer, destination: Destination, progress: Progress | None) -> Iterator[Staging]:
     """Everything that an output holds but for its manifest, staged; made of a base that is still what it was."""
-    base, out, others = carrier.base, destination.out, destination.others
+    base, out, others = writer.base, destination.out, destination.others
+    base.refuse_if_closed()
     with system_failures(shown(out)):
         refuse_target(out, destination.manifest_elsewhere, base, overwrite=destination.overwrite)
         beside_weights = sum(path.stat().st_size for path in others.values())
-    output = carrier.plan.output
+    output = writer.plan.output
     refuse_unstorable(base.label, {tensor.name: tensor.info for tensor in output})
     single = out.name if is_file_output(out) else None
     layout = lay_out(output, base, single=single, max_shard_size=destination.max_shard_size)
     for warning in layout.warnings:
         _log.warning("%s", warning)
-    with staged(out, layout.size + beside_weights) as staging:
-        carrier.carry(layout.files, staging, Meter(layout.size, progress))
+    with staged(out, layout.size + beside_weights, lambda staging: writer.spared(layout.files, staging)) as staging:
+        writer.write(layout.files, staging, Meter(layout.size, progress))
         if single is None:
             _write_others(staging, layout, base, others, destination.config)
         base.refuse_if_changed()

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from .documents import suggest
-from .errors import Problem
+from .errors import Problem, SpecError
+from .layers import from_metadata
 from .matching import BoolArray, IntArray, Names
-from .parsing import Place
+from .parsing import Place, Text
 from .patterns import OutOfRange, PatternError
 from .spec import FreezeItem, Item, Spec, Where
 from .tensors import DTYPE_BITS, TensorInfo
 from .wording import counted, enumerate_names, shown
 
-__all__ = ["Selection", "Space", "module_and_leaf", "select"]
+__all__ = ["Selection", "Space", "module_and_leaf", "select", "selected_names"]
 
 #: Output heads that share their tensor with the input embeddings in many models, and what the latter are called.
 _TIED_HEADS = re.compile(r"(?:^|[./])(lm_head|embed_out|output_projection|decoder|proj_out)(?=[./]|$)")
@@ -228,3 +229,24 @@ def _slips(place: str, item: Item, pattern: str, total: BoolArray, space: Space)
     if more <= found:
         return []
     return [f'{place}: "{shown(item.match)}" selects {counted(found)}; "{shown(deeper)}" would select {more:,}']
+
+
+def selected_names(
+    tensors: Mapping[str, TensorInfo], patterns: Sequence[str], metadata: Mapping[str, str] | None
+) -> list[str]:
+    """The names that patterns select, the later one winning.
+
+    Args:
+        tensors: Dtype and shape by name.
+        patterns: As in a spec.
+        metadata: Of the checkpoint, which may say how layers follow one another.
+
+    Raises:
+        SpecError: if a pattern cannot be read or selects nothing.
+    """
+    spec = Spec.from_text(Text("patterns", {"version": 1, "freeze": list(patterns)}))
+    space = Space(Names(list(tensors), from_metadata(metadata)), tensors)
+    selection = select(spec, ("freeze",), spec.freeze or (), space)
+    if selection.problems:
+        raise SpecError("patterns", [replace(problem, path="") for problem in selection.problems])
+    return [name for name, selected in zip(tensors, selection.mask.tolist(), strict=True) if selected]

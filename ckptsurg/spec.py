@@ -298,6 +298,6 @@ def load_spec(path: str | Path) -> Spec:
         SpecError: with every problem at once, each with its line and path.
         UsageError: if there is no such file.
     """
-    from .reading import read_text  # here, for YAML's own import costs as much as a small spec
+    from .texts import read_text  # here, for YAML's own import costs as much as a small spec
 
     return Spec.from_text(read_text(Path(path), SpecError))

@@ -1,4 +1,4 @@
-"""Manifest x tensors -> report. One code path for files, folders and live models.
+"""Manifest x tensors -> report. What lies in files is hashed or compared in threads, all else as it is read.
 
 What looks into differences needs numpy, and is imported once there is one.
 """
@@ -13,9 +13,9 @@ from .checkpoints import Extent, extents_of
 from .errors import UsageError
 from .manifest import Manifest, TensorRecord
 from .metering import Meter, Progress
+from .reading import digests
 from .renaming import Renaming, align, common_prefix, renamed, unwrapped
 from .report import Difference, Report
-from .scanning import digests
 from .tensors import DTYPE_BITS, FLOATS, Buffer, TensorInfo, TensorSource, algorithm_of, digest_of
 from .wording import shown
 
@@ -172,11 +172,9 @@ def _asked_for(manifest: Manifest, only: Collection[str], partners: Mapping[str,
     names.update(*(group for group in manifest.tied if any(name in names and name not in partners for name in group)))
     records = {name: record for name, record in manifest.tensors.items() if name in names}
     if not any(record.frozen for record in records.values()):
-        raise UsageError("nothing that was asked for is frozen: there is nothing to prove", hint=_ONLY)
+        hint = "`ckptsurg inspect` shows what a pattern selects"
+        raise UsageError("nothing that was asked for is frozen: there is nothing to prove", hint=hint)
     return records
-
-
-_ONLY = "`ckptsurg inspect` shows what a pattern selects"
 
 
 def _lying(records: Mapping[str, TensorRecord], source: TensorSource, partners: Mapping[str, str]) -> dict[str, Extent]:

@@ -130,7 +130,7 @@ def test_diff_says_what_differs(folder):
 
 
 def _json(done: subprocess.CompletedProcess[str]):
-    assert re.fullmatch(r"(copied [^\n]+\n)?", done.stderr)
+    assert re.fullmatch(r"((reflinked [^\n]+, )?(copied [^\n]+, )?wrote [^\n]+\n)?", done.stderr)
     return json.loads(done.stdout)
 
 

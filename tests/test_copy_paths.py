@@ -96,8 +96,8 @@ def test_what_is_hashed_alone_has_the_same_digests(base, tmp_path, jobs):
 
 
 def test_jobs_are_a_number_from_one(base):
-    for jobs in (0, -1, 1.5, True):
-        with pytest.raises(ckptsurg.UsageError, match="jobs must be a whole number from 1"):
+    for jobs in (0, -1, 1.5, True, 10**8):
+        with pytest.raises(ckptsurg.UsageError, match="jobs must be a whole number from 1 to 1024"):
             ckptsurg.make_manifest("**", base, jobs=jobs)
 
 
@@ -111,21 +111,34 @@ def test_untouched_shards_stay_byte_for_byte(sharded, tmp_path, caplog):
     before, after = _files(sharded), _files(tmp_path / "out")
     same = {name for name in before if before[name] == after[name]}
     assert same == {"model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"}
-    assert re.search(r"copied 4\d\.\d MB, wrote \d+ B|copied 4\d\.\d MB, wrote \d\.\d kB", caplog.text)
+    assert re.search(r"(copied|reflinked) 4\d\.\d MB, .*wrote \d+(\.\d k| )B", caplog.text)
 
 
 def test_links_are_the_same_files_and_digests(sharded, tmp_path, caplog):
     caplog.set_level("INFO", "ckptsurg")
-    spec = {"version": 1, "drop": "c.0", "freeze": "**"}
+    before, spec = _files(sharded), {"version": 1, "drop": "c.0", "freeze": "**"}
     linked = ckptsurg.rewrite(spec, sharded, tmp_path / "linked", link=True)
     assert linked == ckptsurg.rewrite(spec, sharded, tmp_path / "copied")
     assert _files(tmp_path / "linked") == _files(tmp_path / "copied")
     for number, is_same in ((1, True), (2, True), (3, False)):
         name = f"model-{number:05d}-of-00003.safetensors"
         assert (sharded / name).samefile(tmp_path / "linked" / name) is is_same
-    assert re.search(r"linked 44\.\d MB, copied 3\.\d MB, wrote ", caplog.text)
+    assert re.search(r"linked 44\.\d MB, (copied|reflinked) 3\.\d MB, .*wrote ", caplog.text)
     ckptsurg.rewrite(spec, sharded, tmp_path / "linked", overwrite=True)
-    assert _files(sharded).keys() >= {"model-00001-of-00003.safetensors"}
+    assert _files(sharded) == before
+
+
+def test_links_lead_to_the_file_and_not_to_a_link(sharded, tmp_path):
+    """As in the cache of Hugging Face, where a model is a folder of symbolic links."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "model").mkdir()
+    for path in sharded.iterdir():
+        shutil.copy(path, tmp_path / "blobs" / path.name)
+    shutil.copy(sharded / "model-00001-of-00003.safetensors", tmp_path / "blobs" / "alone")
+    (tmp_path / "model" / "x.safetensors").symlink_to("../blobs/alone")
+    out = tmp_path / "elsewhere" / "out.safetensors"
+    ckptsurg.rewrite({"version": 1, "freeze": "**"}, tmp_path / "model" / "x.safetensors", out, link=True)
+    assert not out.is_symlink() and out.samefile(tmp_path / "blobs" / "alone")
 
 
 def test_what_cannot_be_linked_is_copied(sharded, caplog):
@@ -138,7 +151,7 @@ def test_what_cannot_be_linked_is_copied(sharded, caplog):
         assert not (out / name).samefile(sharded / name)
     finally:
         shutil.rmtree(out, ignore_errors=True)
-    assert "model-00001-of-00003.safetensors: cannot be linked to the base, and is copied" in caplog.text
+    assert "model-00001-of-00003.safetensors: cannot be linked to the base (Invalid cross-device link)" in caplog.text
 
 
 def test_a_file_whose_data_is_out_of_line_is_laid_out_anew(tmp_path):
@@ -288,3 +301,23 @@ def test_a_whole_file_is_shared_to_its_last_byte(sharing, sharded, caplog):
         _files(sharing / "second")["model-00002-of-00003.safetensors"]
         == _files(sharded)["model-00002-of-00003.safetensors"]
     )
+
+
+def test_what_is_shared_or_linked_needs_no_room(sharing, tmp_path):
+    base = sharing / "large.safetensors"
+    safetensors.numpy.save_file({f"w.{i}": np.full(15 * MIB, i, np.uint8) for i in range(8)}, base)
+    os.sync()
+    room = os.statvfs(sharing)
+    with (sharing / "filler").open("wb") as filler:
+        os.posix_fallocate(filler.fileno(), 0, max(room.f_bavail * room.f_frsize - 60 * MIB, 1))
+    try:
+        ckptsurg.rewrite({"version": 1, "freeze": "**"}, base, sharing / "linked", link=True)
+        manifest = ckptsurg.rewrite({"version": 1, "drop": "w.3", "freeze": "**"}, base, sharing / "shared")
+        assert ckptsurg.verify(manifest, sharing / "shared").verified == 7
+        elsewhere = tmp_path / "base.safetensors"
+        shutil.copy(base, elsewhere)
+        with pytest.raises(ckptsurg.SystemFailure, match=r"needs 1[0-9,]+ bytes, but the file system has"):
+            ckptsurg.rewrite({"version": 1, "freeze": "**"}, elsewhere, sharing / "written")
+    finally:
+        (sharing / "filler").unlink()
+    assert sorted(path.name for path in sharing.iterdir() if path.name.startswith(".")) == []

@@ -104,22 +104,48 @@ def test_progress_is_told_in_the_thread_that_waits_and_may_stop_the_work():
         pass
 
     tellers = set()
-    release = threading.Event()
+    done = []
+    is_told = threading.Event()
 
-    class Slow:
+    class Step:
         def fetch(self, buffer: memoryview) -> bytes:
+            if done:
+                assert is_told.wait(30)
+            done.append(1)
             return b"12"
 
-        def follow(self, data: bytes) -> None:
-            release.wait(0.01)
+        def follow(self, data: bytes) -> None: ...
 
-    def tell(done: int, total: int) -> None:
+    def tell(count: int, total: int) -> None:
         tellers.add(threading.current_thread())
+        is_told.set()
         raise Stop
 
     with pytest.raises(Stop):
-        run((iter([Slow()]) for _ in range(1000)), 2, Meter(2000, tell))
-    assert tellers == {threading.current_thread()}
+        run((iter([Step()]) for _ in range(100_000)), 2, Meter(200_000, tell))
+    assert tellers == {threading.current_thread()} and len(done) < 100_000
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_what_follows_on_a_failure_is_not_followed(jobs):
+    """Else its digest would be of other bytes."""
+    followed = []
+
+    class Step:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def fetch(self, buffer: memoryview) -> bytes:
+            if self.number == 3:
+                raise OSError("broken")
+            return b"1"
+
+        def follow(self, data: bytes) -> None:
+            followed.append(self.number)
+
+    with pytest.raises(OSError, match="broken"):
+        run([map(Step, range(9))], jobs, Meter(9, None))
+    assert followed == [0, 1, 2]
 
 
 def test_buffers_of_many_threads_are_small():

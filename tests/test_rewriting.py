@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ckptsurg
+from ckptsurg.publishing import staged
 
 SPEC = {"version": 1, "freeze": ["**", "!fc"], "reinit": [{"match": "fc", "init": "zeros"}]}
 PLAIN = {"version": 1, "freeze": "**"}
@@ -354,6 +355,30 @@ def test_an_interrupted_run_leaves_nothing(single, tmp_path, name):
     with pytest.raises(KeyboardInterrupt):
         ckptsurg.rewrite(SPEC, single, tmp_path / name, overwrite=True, progress=interrupt)
     assert _contents(tmp_path) == before
+
+
+def test_a_file_beside_the_weights_that_grows_meanwhile(tmp_path):
+    """A file of the kernel's has more in it than its size says."""
+    source = Path("/proc/version")
+    assert source.stat().st_size == 0 and source.read_bytes()
+    with staged(tmp_path / "out", 0) as staging, pytest.raises(ckptsurg.CheckpointError, match="was changed while it"):
+        staging.copy("version", source)
+
+
+def test_a_closed_checkpoint_is_refused_although_its_descriptor_is_another_files(single, tmp_path):
+    manifest = ckptsurg.make_manifest("**", single)
+    closed = ckptsurg.open_checkpoint(single)
+    closed.close()
+    with ckptsurg.open_checkpoint(single):  # takes the number
+        for use in (
+            lambda: ckptsurg.diff(closed, single),
+            lambda: ckptsurg.verify(manifest, closed),
+            lambda: ckptsurg.make_manifest("**", closed),
+            lambda: ckptsurg.rewrite(PLAIN, closed, tmp_path / "out"),
+            lambda: ckptsurg.convert(closed, tmp_path / "out"),
+        ):
+            with pytest.raises(ckptsurg.UsageError, match="the checkpoint is closed"):
+                use()
 
 
 def test_two_runs_on_one_output(single, tmp_path):

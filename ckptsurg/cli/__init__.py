@@ -27,7 +27,7 @@ def main() -> NoReturn:
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115 - likewise
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGHUP, _terminate)
-    # With a thread for each core numpy takes twice as long to import, and what it draws would depend on their number.
+    # With a thread for each core numpy takes twice as long to import.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # A command ends soon, and what it builds (100,000 tensors' headers) has no cycles worth a search.
     gc.disable()

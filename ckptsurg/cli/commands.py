@@ -49,7 +49,9 @@ _trust_base_manifest = click.option(
     is_flag=True,
     help="Take digests of copied tensors from the manifest that CKPT was published with.",
 )
-_jobs = click.option("--jobs", metavar="N", type=click.IntRange(min=1), help="How many threads. Default: all cores.")
+_jobs = click.option(
+    "--jobs", metavar="N", type=click.IntRange(1, 1024), help="How many threads. Default: one a core, up to 64."
+)
 
 
 class ReaderGone(Exception):
@@ -263,14 +265,16 @@ def manifest(
 @cli.command()
 @_argument("manifest")
 @_argument("ckpt")
-@_path_option("--baseline", metavar="CKPT", help="The published checkpoint: is compared byte by byte, and shows where.")
+@_path_option("--baseline", metavar="CKPT", help="The published checkpoint: compared, not hashed; shows where.")
 @click.option("--root", metavar="DIGEST", help="The manifest's root or frozen_root, if it is pinned.")
 @click.option("--exact", is_flag=True, help="Extra tensors and missing trainable ones count as differences.")
 @click.option("--prefix", metavar="P", help="Take P off the names in CKPT.")
 @_path_option("--names", metavar="MAP", help="A JSON or YAML map from names in CKPT to names in the manifest.")
 @click.option("--allow-widened", is_flag=True, help="Accept the same values in a wider dtype.")
 @click.option("--expect-trained", is_flag=True, help="A trainable tensor that did not move is a difference.")
-@click.option("--only", metavar="PATTERN", multiple=True, help="Look at these tensors alone; several are a list.")
+@click.option(
+    "--only", metavar="PATTERN", multiple=True, help="Look at what PATTERN selects alone; of several the later wins."
+)
 @_jobs
 @_model
 @_json

@@ -5,26 +5,26 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from .checkpoints import Checkpoint, Extent
+from .checkpoints import Checkpoint, Extent, StoredFile
 from .copying import Amounts, Target, outside
 from .describing import Recorder, inherit
 from .layout import OutputFile
-from .making import Place, made
+from .making import Slot, made
 from .manifest import TensorRecord
 from .metering import Meter
 from .parallel import Segment, run
 from .plans import Plan, PlannedTensor
 from .publishing import Staging
-from .scanning import Reading, digest_threads, segments
+from .reading import Reading, digest_threads, segments
 from .spec import Spec
 from .wording import shown
 
-__all__ = ["Carrier"]
+__all__ = ["Writer"]
 
 _log = logging.getLogger("ckptsurg")
 
 
-class Carrier:
+class Writer:
     """Writes the files of an output.
 
     Attributes:
@@ -60,7 +60,7 @@ class Carrier:
         self._link = link
         self._total = 0
 
-    def carry(self, files: Sequence[OutputFile], staging: Staging, meter: Meter) -> None:
+    def write(self, files: Sequence[OutputFile], staging: Staging, meter: Meter) -> None:
         """Write files; they are on disk at the end.
 
         Raises:
@@ -75,16 +75,32 @@ class Carrier:
         for target in targets:
             self.amounts.add(target.amounts)
 
+    def spared(self, files: Iterable[OutputFile], staging: Staging) -> int:
+        """How many bytes of files take no room of their own: those of links, and of shared blocks."""
+        shares = {file: staging.shares_with(file) for file in self.base.files}
+        folder = staging.folder.stat().st_dev
+        return sum(
+            file.size
+            if self._link and file.untouched is not None and file.untouched.status.st_dev == folder
+            else sum(self._sharable(tensor, shares) for tensor in file.tensors)
+            for file in files
+        )
+
+    def _sharable(self, tensor: PlannedTensor, shares: Mapping[StoredFile, bool]) -> int:
+        extent = self.base.extents.get(tensor.name) if tensor.action == "copy" else None
+        return extent.length if extent is not None and shares[extent.file] else 0
+
     def _segments(
         self, files: Sequence[OutputFile], staging: Staging, targets: list[Target], meter: Meter
     ) -> Iterator[Segment]:
         for file in files:
             if self._link and file.untouched is not None:
-                if staging.link(file.name, self.base.path_of(file.untouched), file.untouched):
+                obstacle = staging.link(file.name, self.base.path_of(file.untouched), file.untouched)
+                if obstacle is None:
                     self.amounts.linked += file.size
                     yield from self._linked(file, meter)
                     continue
-                _log.warning("%s: cannot be linked to the base, and is copied", shown(file.name))
+                _log.warning("%s: cannot be linked to the base (%s)", shown(file.name), obstacle)
             target = staging.create(file.name, file.size)
             targets.append(target)
             yield from self._written(file, target, meter)
@@ -105,8 +121,8 @@ class Carrier:
                 copied.append((together, Extent(extent.file, extent.offset, size), position))
             else:
                 # First, so that some draw while others wait for the disk.
-                place = Place(target, position, self._consumer(first), meter)
-                yield made(first, self.base, self.plan.seed, self._spec.label, place)
+                slot = Slot(target, position, self._consumer(first), meter)
+                yield made(first, self.base, self.plan.seed, self._spec.label, slot)
             position += size
         for tensors, extent, start in copied:
             yield from self._copied(tensors, extent, target, start, shared, meter)
@@ -156,9 +172,9 @@ class Carrier:
             if consumer is not None:
                 yield Reading(extent, consumer)
                 continue
-            meter.advance(extent.length)
-            for part in outside(range(extent.offset, extent.offset + extent.length), shared):
-                meter.advance(-len(part))
+            parts = list(outside(range(extent.offset, extent.offset + extent.length), shared))
+            meter.advance(extent.length - sum(map(len, parts)))
+            for part in parts:
                 yield Reading(Extent(extent.file, part.start, len(part)))
 
 
