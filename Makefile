@@ -49,11 +49,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 bench: $(BENCH_VENV)/.installed
 	$(BENCH_VENV)/bin/python benchmarks/speed.py $(BENCH)
 
-$(BENCH_VENV)/.installed: pyproject.toml constraints.txt benchmarks/requirements-bench.txt
+$(BENCH_VENV)/.installed: pyproject.toml constraints.txt benchmarks/constraints.txt
 	$(PYTHON) -m venv $(BENCH_VENV)
 	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		-c benchmarks/requirements-bench.txt -e '.[bench]'
+		-c benchmarks/constraints.txt -e '.[bench]'
 	touch $@
 
 clean:

@@ -8,7 +8,6 @@ and prints medians of five rounds. What is drawn is not kept; zeros are made onc
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 import time
@@ -16,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ckptsurg.initializer_arguments import Initializer
 from ckptsurg.initializers import Drawing
+from ckptsurg.parallel import available_jobs
 from ckptsurg.tensors import TensorInfo
 
 KINDS: dict[str, dict[str, float | str]] = {
@@ -46,7 +46,7 @@ def seconds(drawing: Drawing, elements: int, threads: int) -> float:
 def main() -> None:
     elements = int(float(sys.argv[1]) * 1e6) if len(sys.argv) > 1 else 32_000_000
     elements -= elements % COLUMNS
-    cores = os.cpu_count() or 1
+    cores = available_jobs()
     print(f"{'':23}{'1 thread':>23}{f'{cores} threads':>23}")
     for name, arguments in KINDS.items():
         for dtype in ("BF16", "F32"):

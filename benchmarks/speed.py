@@ -3,10 +3,11 @@
     python benchmarks/speed.py [--sizes 0.25,1,4] [--rounds 7] [--where ext4,xfs] [--folder build/bench]
 
 `make bench` installs the peers and runs it. For each size and file system it makes a Llama-shaped bf16 checkpoint of
-random bytes, and runs every tool once a round, each a whole process, after the earlier output was removed, `sync`, and
-a few GB of memory touched and released; the first round does not count. A ratio is a tool's time over that of its
-yardstick in the same round. The file system of the folder is used as it is; others live in a sparse image, which needs
-root and mkfs, and which is unmounted and removed at the end, on Ctrl-C too. What cannot be measured is named.
+random bytes, and runs every tool once a round, in an order by chance, each a whole process and each just after its
+yardstick; before each the earlier output is removed, `sync`, and a few GB of memory touched and released. The first
+round does not count. A ratio is a tool's time over that of the yardstick just before it. The file system of the
+folder is used as it is; others live in a sparse image, which needs root and mkfs, and which is unmounted and removed
+at the end, on Ctrl-C too. What cannot be measured is named.
 
 Written are docs/performance.json (every run), docs/performance.svg, and the table between `<!-- bench -->` and
 `<!-- /bench -->` in README.md. `--from docs/performance.json` makes the latter two again without measuring. Memory is
@@ -112,17 +113,21 @@ def _measure_group(
                 present.append(tool)
     out = place.folder / "out"
     touched = running.memory_to_touch(size)
-    for number, tool, outcome in running.rounds(present, options.rounds, out, touched):
-        if isinstance(outcome, running.Failed):
-            reason = str(outcome).replace(str(place.folder), "")
+    for outcome in running.rounds(present, options.rounds, out, touched):
+        tool, found_now = outcome.tool, outcome.timed
+        if isinstance(found_now, running.Failed):
+            reason = str(found_now).replace(str(place.folder), "")
             _miss(found, results.Missing(tool.name, place.name, reason))
             continue
-        print(f"  round {number}  {outcome.seconds:8.3f} s  {tool.name}", flush=True)
-        if number:
-            seconds, memory = round(outcome.seconds, 4), outcome.memory
-            found.runs.append(results.Run(place.name, size, tool.name, number, seconds, memory))
-        if number == options.rounds and place.reflinks and out.exists() and shutil.which("filefrag"):
-            found.shared.append(results.Shared(place.name, size, tool.name, *places.shared_bytes(out)))
+        if outcome.round:
+            seconds, beside = round(found_now.seconds, 4), outcome.beside and round(outcome.beside, 4)
+            print(f"  round {outcome.round}  {seconds:8.3f} s  {tool.name}", flush=True)
+            run = results.Run(place.name, size, tool.name, outcome.round, seconds, beside, found_now.memory)
+            found.runs.append(run)
+        if outcome.round == options.rounds and place.reflinks and out.exists() and shutil.which("filefrag"):
+            shared = results.Shared(place.name, size, tool.name, *places.shared_bytes(out))
+            found.shared = [one for one in found.shared if (one.place, one.gigabytes, one.tool) != shared.whose]
+            found.shared.append(shared)
 
 
 def _miss(found: results.Results, missing: results.Missing) -> None:

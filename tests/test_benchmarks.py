@@ -30,6 +30,7 @@ def kept(tmp_path):
             "tool": tool,
             "round": number,
             "seconds": seconds,
+            "beside": None if tool == COPY else tools[COPY][number - 1],
             "memory": number * 10**8,
         }
         for size, tools in reversed(SECONDS.items())

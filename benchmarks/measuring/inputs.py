@@ -20,7 +20,7 @@ _USUAL_VOCABULARY = 32_000
 
 def config(gigabytes: float) -> dict[str, Any]:
     """The config.json of a checkpoint of so many GB (10^9 bytes), to some kB: the vocabulary makes it exact."""
-    hidden = 2048 if gigabytes >= 0.25 else 512
+    hidden = 512 * max(1, round(2 * gigabytes**0.5))  # so that a block is some 2 % of any size
     layer = sum(map(prod, _layer(hidden).values()))
     elements = round(gigabytes * 1e9 / 2) - hidden
     layers = max(2, round((elements - 2 * _USUAL_VOCABULARY * hidden) / layer))

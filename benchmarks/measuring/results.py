@@ -31,6 +31,7 @@ class Run:
     tool: str
     round: int  # from 1
     seconds: float
+    beside: float | None  # seconds of the yardstick just before; none: it is one itself
     memory: int  # bytes
 
 
@@ -52,6 +53,10 @@ class Shared:
     tool: str
     bytes: int
     shared: int
+
+    @property
+    def whose(self) -> tuple[str, float, str]:
+        return self.place, self.gigabytes, self.tool
 
 
 @dataclass(frozen=True)
@@ -89,27 +94,23 @@ class Results:
         order = [tool.name for tool in found if tool.yardstick is None]
         return sorted(found, key=lambda tool: (order.index(tool.yardstick or tool.name), tool.yardstick is not None))
 
-    def of(self, place: str, gigabytes: float, tool: str) -> dict[int, Run]:
-        """Its runs by round; empty where there are none."""
+    def of(self, place: str, gigabytes: float, tool: str) -> list[Run]:
+        """Its runs; empty where there are none."""
         asked = (place, gigabytes, tool)
-        return {run.round: run for run in self.runs if (run.place, run.gigabytes, run.tool) == asked}
+        return [run for run in self.runs if (run.place, run.gigabytes, run.tool) == asked]
 
     def seconds(self, place: str, gigabytes: float, tool: str) -> Spread | None:
         found = self.of(place, gigabytes, tool)
-        return Spread.of(run.seconds for run in found.values()) if found else None
+        return Spread.of(run.seconds for run in found) if found else None
 
     def ratio(self, place: str, gigabytes: float, tool: Measured) -> Spread | None:
-        """Its seconds over those of its yardstick, pair by pair: both of the same round."""
-        if tool.yardstick is None:
-            return None
-        beside = self.of(place, gigabytes, tool.yardstick)
-        own = self.of(place, gigabytes, tool.name)
-        pairs = [run.seconds / beside[number].seconds for number, run in own.items() if number in beside]
+        """Its seconds over those of its yardstick, pair by pair."""
+        pairs = [run.seconds / run.beside for run in self.of(place, gigabytes, tool.name) if run.beside]
         return Spread.of(pairs) if pairs else None
 
     def memory(self, place: str, gigabytes: float, tool: str) -> int | None:
         """The largest of all runs, in bytes."""
-        return max((run.memory for run in self.of(place, gigabytes, tool).values()), default=None)
+        return max((run.memory for run in self.of(place, gigabytes, tool)), default=None)
 
     def save(self, path: Path) -> None:
         """As JSON, a run a line."""

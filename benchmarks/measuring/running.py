@@ -1,8 +1,9 @@
-"""One process at a time, timed, in rounds in which all take turns."""
+"""One process at a time, timed, in rounds in which every tool runs beside its yardstick."""
 
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -30,26 +31,40 @@ class Timed:
     memory: int  # largest resident memory in bytes, of it and the processes that it waited for
 
 
-def rounds(tools: list[Tool], count: int, out: Path, touched: int) -> Iterator[tuple[int, Tool, Timed | Failed]]:
-    """Every tool once a round; round 0 fills caches and does not count. Who fails is left out from then on.
+@dataclass(frozen=True)
+class Outcome:
+    """Of one run: what was timed, or how it failed; and the seconds of the yardstick that ran just before it."""
 
-    Each round begins with another tool, so that none always follows the same one.
+    round: int
+    tool: Tool
+    timed: Timed | Failed
+    beside: float | None
+
+
+def rounds(tools: list[Tool], count: int, out: Path, touched: int) -> Iterator[Outcome]:
+    """Every tool once a round, in an order by chance, its yardstick just before it.
+
+    Round 0 fills caches and does not count. Who fails is left out from then on.
     """
-    left = list(tools)
+    yardsticks = {tool.name: tool for tool in tools if tool.yardstick is None}
+    left = [tool for tool in tools if tool.yardstick in yardsticks]
+    chance = random.Random(0)
     for number in range(count + 1):
-        if not left:
-            break
-        first = number % len(left)
-        for tool in left[first:] + left[:first]:
-            shutil.rmtree(out, ignore_errors=True)
-            subprocess.run(["sync"], check=True)
-            # Where a virtual machine gives freed pages back, whoever touches memory first after a pause pays for it.
-            subprocess.run([sys.executable, "-I", "-S", "-c", _TOUCH, str(touched)], check=True)
-            try:
-                yield number, tool, timed(tool.command)
-            except Failed as failure:
-                left.remove(tool)
-                yield number, tool, failure
+        for tool in chance.sample(left, len(left)):
+            beside: float | None = None
+            for one in (yardsticks[tool.yardstick or ""], tool):
+                shutil.rmtree(out, ignore_errors=True)
+                subprocess.run(["sync"], check=True)
+                # Where a virtual machine gives freed pages back, whoever touches memory first after a pause pays.
+                subprocess.run([sys.executable, "-I", "-S", "-c", _TOUCH, str(touched)], check=True)
+                try:
+                    found = timed(one.command)
+                except Failed as failure:
+                    left.remove(tool)
+                    yield Outcome(number, one, failure, None)
+                    break
+                yield Outcome(number, one, found, beside)
+                beside = found.seconds
     shutil.rmtree(out, ignore_errors=True)
 
 
@@ -88,7 +103,7 @@ def timed(command: list[str]) -> Timed:
 
 
 def memory_to_touch(gigabytes: float) -> int:
-    """Bytes: what a tool that holds a checkpoint needs with its output's cache, of what is free beside the inputs."""
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    inputs = int(3 * gigabytes * 1e9)  # base, published, trained: these are to stay cached
-    return max(0, min(int((2.5 * gigabytes + 1) * 1e9), int(0.85 * available) - inputs))
+    """Bytes: what a tool that holds a checkpoint needs with its output's cache, of what the inputs leave of memory."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    inputs = int(3 * gigabytes * 1e9)  # base, published, and what is copied or trained: these are to stay cached
+    return max(0, min(int((2 * gigabytes + 1) * 1e9), int(0.85 * physical) - inputs))

@@ -56,10 +56,10 @@ def _how(results: Results) -> str:
     has, uses = results.machine, results.versions
     rounds = max(run.round for run in results.runs)
     return (
-        f"Medians of {rounds} rounds in which all take turns, with the smallest and largest: whole processes, over the "
-        "time that the yardstick above them (in bold) took in the same round, with the base in the page cache. Seconds "
-        "per GB of the base are by size; memory and shared extents of the largest size. Only ckptsurg, and `cp` where "
-        "it says so, wait for the disk.\n"
+        f"Medians of {rounds} rounds, with the smallest and largest: whole processes, over the time that the yardstick "
+        "above them (in bold) took just before, with the base in the page cache. What `cp` copies has the bytes that a "
+        "rewrite writes. Seconds per GB of the base are by size; memory and shared extents of the largest size. Only "
+        "ckptsurg, and `cp` where it says so, wait for the disk.\n"
         f"{has['cores']} cores of {has['processor']}, {has['memory']}, {has['kernel']}; "
         + ", ".join(f"{name} {number}" for name, number in uses.items())
         + "."

@@ -38,7 +38,7 @@ class Tool:
 
 
 def prepare(folder: Path, gigabytes: float) -> None:
-    """The checkpoint, the specs, and what ckptsurg publishes of it whole, with a manifest."""
+    """The checkpoint, the specs, what ckptsurg publishes of it whole, and without its last block."""
     base, published = folder / "base", folder / "published" / "model.safetensors"
     subprocess.run([sys.executable, str(_HERE / "inputs.py"), str(base), str(gigabytes)], check=True)
     for name, text in SPECS.items():
@@ -47,8 +47,9 @@ def prepare(folder: Path, gigabytes: float) -> None:
     source = {"sources": [{"model": str(base), "layer_range": [0, layers - 1]}]}
     merge = {"slices": [source], "merge_method": "passthrough", "dtype": "bfloat16"}
     (folder / "mergekit.yaml").write_text(json.dumps(merge))
-    publish = [ckptsurg(), "rewrite", str(folder / "keep.yaml"), str(base / "model.safetensors"), "-o", str(published)]
-    subprocess.run(publish, check=True, capture_output=True, text=True)
+    for spec, out in (("keep.yaml", published), ("drop.yaml", folder / "dropped" / "model.safetensors")):
+        publish = [ckptsurg(), "rewrite", str(folder / spec), str(base / "model.safetensors"), "-o", str(out)]
+        subprocess.run(publish, check=True, capture_output=True, text=True)
     subprocess.run(["sync"], check=True)
 
 
@@ -65,7 +66,7 @@ def rewriting(folder: Path, *, reflinks: bool) -> list[Tool]:
     published = folder / "published" / "model.safetensors"
 
     def copy(how: str, sync: bool) -> list[str]:
-        paths = f"{shlex.quote(str(base))} {shlex.quote(str(out))}"
+        paths = f"{shlex.quote(str(folder / 'dropped' / 'model.safetensors'))} {shlex.quote(str(out))}"
         flushed = f" && sync {shlex.quote(str(out))}" if sync else ""
         return ["sh", "-c", f"mkdir {shlex.quote(str(out.parent))} && cp --reflink={how} {paths}{flushed}"]
 
