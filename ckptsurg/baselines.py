@@ -27,16 +27,17 @@ class Baseline:
 
     Args:
         manifest: The manifest.
+        frozen: Those of its tensors that are looked at.
         source: The tensors.
 
     Raises:
         UsageError: if they are not those tensors.
     """
 
-    def __init__(self, manifest: Manifest, source: TensorSource) -> None:
+    def __init__(self, manifest: Manifest, frozen: Mapping[str, TensorRecord], source: TensorSource) -> None:
         self._manifest, self._source = manifest, source
         self._partners = align(manifest.tensors, {name: name for name in source.tensors})
-        for name, record in manifest.frozen.items():
+        for name, record in frozen.items():
             if name not in self._partners or source.tensors[self._partners[name]] != record.info:
                 self._refuse(name, "is missing, or has another dtype or shape")
 

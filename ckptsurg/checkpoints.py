@@ -344,6 +344,6 @@ def read_into(view: memoryview, file: StoredFile, offset: int, label: str) -> No
         if count == 0:
             raise CheckpointError(
                 f"{label}: {shown(file.name)} was cut short while it was read: expected "
-                f"{file.size:,} bytes, found {offset + filled:,}"
+                f"{file.size:,} bytes, found {os.fstat(file.descriptor).st_size:,}"
             )
         filled += count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from .checkpoints import Checkpoint, extents_of
@@ -26,6 +27,8 @@ from .tensors import Buffer, Digester, TensorSource, refuse_unstorable, row_span
 from .wording import shown
 
 __all__ = ["Recorder", "base_files", "describe", "inherit", "inherited_records"]
+
+_log = logging.getLogger("ckptsurg")
 
 _ORIGINS: dict[Action, Origin] = {"copy": "copied", "reinit": "reinitialised", "add": "added"}
 
@@ -138,6 +141,10 @@ def inherited_records(base: TensorSource, algorithm: str) -> Mapping[str, Tensor
     place = (base.folder or base.path) if isinstance(base, Checkpoint) else None
     if place is None or not (place.is_dir() or is_file_output(place)):
         raise UsageError(f"{base.label}: has no manifest that could be trusted", hint=_TRUST)
+    if not manifest_path(place).exists():
+        is_inside = manifest_path(place.parent).exists()
+        hint = f"give the folder, {shown(place.parent)}, to which its manifest belongs" if is_inside else _TRUST
+        raise UsageError(f"{shown(manifest_path(place))}: no such file: {base.label} has no manifest", hint=hint)
     manifest = load_manifest(place)
     label = shown(manifest_path(place))
     if manifest.infos != dict(base.tensors):
@@ -148,6 +155,7 @@ def inherited_records(base: TensorSource, algorithm: str) -> Mapping[str, Tensor
             f"{label}: has {manifest.algorithm} digests, which cannot stand for {algorithm}",
             hint=f"--digest {manifest.algorithm}",
         )
+    _log.info("digests of copied tensors are taken from %s, not computed", label)
     return manifest.tensors
 
 

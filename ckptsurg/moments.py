@@ -47,14 +47,14 @@ def moments(read: Callable[[], Iterable[Buffer]], info: TensorInfo, name: str) -
 def _sum(read: Callable[[], Iterable[Buffer]], info: TensorInfo, term: Callable[[FloatArray], FloatArray]) -> float:
     """A sum whose order is fixed: chunks are added element by element, the last row exactly."""
     rows = np.zeros(0)
-    for chunk in read():
-        with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):  # what is not finite is found in the sum
+        for chunk in read():
             values = term(np.frombuffer(chunk, element_type(info.dtype)).astype(np.float64))
-        if len(values) > len(rows):
-            values[: len(rows)] += rows
-            rows = values
-        else:
-            rows[: len(values)] += values
+            if len(values) > len(rows):
+                values[: len(rows)] += rows
+                rows = values
+            else:
+                rows[: len(values)] += values
     try:
         return fsum(rows.tolist())
     except (OverflowError, ValueError):

@@ -6,6 +6,7 @@ is visible under its name; a run that fails takes its staging folder away.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -66,12 +67,13 @@ def refuse_target(out: Path, manifest: Path | None, base: Checkpoint, *, overwri
 
 def _refuse_base(target: Path, base: Checkpoint) -> None:
     itself = f"{shown(target)}: is the base, or a link to it; an output never replaces its base"
+    hint = "if it is an earlier output that was linked to the base, remove it first"
     if base.folder is not None and _real(target) == _real(base.folder):
         raise UsageError(itself)
     with suppress(OSError):
         status = target.stat()
         if any((status.st_dev, status.st_ino) == (file.status.st_dev, file.status.st_ino) for file in base.files):
-            raise UsageError(itself)
+            raise UsageError(itself, hint=hint)
     if base.folder is not None and _real(target).is_relative_to(_real(base.folder)):
         raise UsageError(f"{shown(target)}: lies inside the base {base.label}; choose a place outside it")
     if any(_real(base.path_of(file)).is_relative_to(_real(target)) for file in base.files):
@@ -139,11 +141,18 @@ class Staging:
 
     def create(self, name: str, size: int) -> Target:
         """A new file of a size in bytes, on disk once it is whole; closed at the end if it never is."""
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = self._place(name)
         target = Target(disk.create(path), size)
         self._targets.append(target)
         return target
+
+    def _place(self, name: str) -> Path:
+        """The path of a new file. Somebody may have taken the folder away: it is not made anew, with a part in it."""
+        path = self.folder / name
+        if not self.folder.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "its staging folder was removed", str(self.folder))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
     def write(self, name: str, content: bytes) -> None:
         """A new small file."""
@@ -163,8 +172,7 @@ class Staging:
 
     def link(self, name: str, source: Path, file: StoredFile) -> str | None:
         """Another name for a file of the base, on disk; or why there can be none."""
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = self._place(name)
         try:
             path.hardlink_to(os.path.realpath(source))  # of a symbolic link there would be another symbolic link
         except OSError as failure:
@@ -176,7 +184,7 @@ class Staging:
 
     def shares_with(self, file: StoredFile) -> bool:
         """Whether files here can share blocks with a file."""
-        path = self.folder / "probe"
+        path = self._place("probe")
         descriptor = disk.create(path)
         try:
             return disk.clone_range(file.descriptor, 0, 0, descriptor, 0)

@@ -69,7 +69,7 @@ def verify(
         saved: Whether ``trained`` was saved, so that what it lacks was left out; a live model is not.
         also_given: Further names of the other side, that stand for none of the manifest's.
         note: What the report says besides.
-        only: Names of the tensors that are looked at; None for all.
+        only: Names of the tensors that are looked at; None for all, and for what the manifest lacks.
         jobs: How many threads read what lies in files as it is.
         progress: Told how many bytes are read.
 
@@ -83,7 +83,7 @@ def verify(
     partners = align(manifest.tensors, renamed(given, names, prefix))
     records = manifest.tensors if only is None else _asked_for(manifest, only, partners)
     frozen = {name: record for name, record in records.items() if record.frozen}
-    before = None if baseline is None else Baseline(manifest, baseline)
+    before = None if baseline is None else Baseline(manifest, frozen, baseline)
     trainable = {name: record for name, record in records.items() if record.trains} if expect_trained else {}
     read = [record.info.nbytes for some in (frozen, trainable) for name, record in some.items() if name in partners]
     meter = Meter(sum(read), progress)
@@ -130,7 +130,7 @@ def verify(
     if not any(name in partners for name in frozen):
         drifted = _with_prefix_hint(manifest, drifted, given)
     taken = set(partners.values())
-    extra = tuple(name for name in given if name not in taken)
+    extra = tuple(name for name in given if name not in taken) if only is None else ()
     lacking = tuple(name for name, record in records.items() if not record.frozen and name not in partners)
     untrained = tuple(_untrained(trainable, trained, partners, meter, jobs)) if expect_trained else None
     accepted = {"dtype_only"} if allow_widened else set()

@@ -221,6 +221,10 @@ def test_a_manifest_is_trusted_only_if_it_fits(base, tmp_path):
     copy = tmp_path / "copy.safetensors"
     shutil.copy(base, copy)
     refused(r"copy\.freeze\.json: no such file: .*copy\.safetensors has no manifest")
+    (tmp_path / "freeze.json").write_text("{}")
+    with pytest.raises(ckptsurg.UsageError) as error:
+        ckptsurg.rewrite(freeze, copy, tmp_path / "out", trust_base_manifest=True)
+    assert error.value.hint == f"give the folder, {tmp_path}, to which its manifest belongs"
     ckptsurg.write_manifest(ckptsurg.make_manifest("**", copy), tmp_path / "copy.freeze.json")
     refused(r"copy\.freeze\.json: has blake3 digests, which cannot stand for sha256", digest="sha256")
     safetensors.numpy.save_file(_tensors() | {"a.1": np.zeros(8, np.uint8)}, copy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -355,6 +356,18 @@ def test_an_interrupted_run_leaves_nothing(single, tmp_path, name):
     with pytest.raises(KeyboardInterrupt):
         ckptsurg.rewrite(SPEC, single, tmp_path / name, overwrite=True, progress=interrupt)
     assert _contents(tmp_path) == before
+
+
+def test_a_staging_folder_that_is_taken_away_is_not_made_anew(sharded, tmp_path):
+    """Else what was staged before would be missing from what is published."""
+
+    def clean(done: int, total: int) -> None:
+        for path in tmp_path.glob(".out.ckptsurg-*"):
+            shutil.rmtree(path)
+
+    with pytest.raises(ckptsurg.SystemFailure, match="its staging folder was removed; nothing was published"):
+        ckptsurg.rewrite(PLAIN, sharded, tmp_path / "out", jobs=1, progress=clean)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_file_beside_the_weights_that_grows_meanwhile(tmp_path):
