@@ -47,6 +47,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 bench: $(BENCH_VENV)/.installed
+	$(BENCH_VENV)/bin/python -m compileall -q ckptsurg
 	$(BENCH_VENV)/bin/python benchmarks/speed.py $(BENCH)
 
 $(BENCH_VENV)/.installed: pyproject.toml constraints.txt benchmarks/constraints.txt

@@ -103,7 +103,11 @@ def timed(command: list[str]) -> Timed:
 
 
 def memory_to_touch(gigabytes: float) -> int:
-    """Bytes: what a tool that holds a checkpoint needs with its output's cache, of what the inputs leave of memory."""
+    """Bytes: what a tool that holds a checkpoint needs with its output's cache, and more, of what the inputs leave.
+
+    Files are cached in blocks of memory of other sizes than those that were just released: touch too little, and a
+    tool gets blocks that nobody has touched.
+    """
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     inputs = int(3 * gigabytes * 1e9)  # base, published, and what is copied or trained: these are to stay cached
-    return max(0, min(int((2 * gigabytes + 1) * 1e9), int(0.85 * physical) - inputs))
+    return max(0, min(int((3 * gigabytes + 2) * 1e9), int(0.85 * physical) - inputs))

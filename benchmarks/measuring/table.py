@@ -54,7 +54,8 @@ def _share(results: Results, place: str, size: float, tool: str) -> str:
 
 def _how(results: Results) -> str:
     has, uses = results.machine, results.versions
-    rounds = max(run.round for run in results.runs)
+    counts = {max(run.round for run in results.runs if run.place == place) for place in results.places}
+    rounds = " to ".join(str(count) for count in sorted(counts))
     return (
         f"Medians of {rounds} rounds, with the smallest and largest: whole processes, over the time that the yardstick "
         "above them (in bold) took just before, with the base in the page cache. What `cp` copies has the bytes that a "
