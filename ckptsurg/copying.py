@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from threading import Lock
-from typing import Literal, Self, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from . import disk
 from .checkpoints import StoredFile
@@ -22,32 +22,16 @@ _WORTH_WRITEBACK = 256 << 10
 Way: TypeAlias = Literal["linked", "reflinked", "copied", "wrote"]
 
 
-@dataclass(slots=True)
-class Amounts:
+class Amounts(Counter[Way]):
     """How many bytes of an output came to it in which way.
 
-    Attributes:
-        linked: In files that are the base's own.
-        reflinked: In blocks that are shared with the base, until one of the two is written to.
-        copied: Read from the base and written.
-        wrote: New: headers and drawn values.
+    ``linked`` are in files that are the base's own; ``reflinked`` in blocks that are shared with the base, until one of
+    the two is written to; ``copied`` were read from the base and written; what it ``wrote`` is new: headers and values.
     """
-
-    linked: int = 0
-    reflinked: int = 0
-    copied: int = 0
-    wrote: int = 0
 
     def __str__(self) -> str:
         """``reflinked 13.1 GB, copied 200.0 MB, wrote 41.0 MB``."""
-        ways = ("linked", "reflinked", "copied", "wrote")
-        return ", ".join(f"{way} {size(getattr(self, way))}" for way in ways if getattr(self, way))
-
-    def add(self, other: Self) -> None:
-        self.linked += other.linked
-        self.reflinked += other.reflinked
-        self.copied += other.copied
-        self.wrote += other.wrote
+        return ", ".join(f"{way} {size(self[way])}" for way in get_args(Way) if self[way])
 
 
 class Target:
@@ -106,7 +90,7 @@ class Target:
 
     def _count(self, count: int, way: Way) -> None:
         with self._lock:
-            setattr(self.amounts, way, getattr(self.amounts, way) + count)
+            self.amounts[way] += count
             self._missing -= count
             is_whole = not self._missing
         if is_whole:

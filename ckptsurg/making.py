@@ -88,15 +88,16 @@ def _overlaid(tensor: PlannedTensor, base: Checkpoint, draw: Callable[[int, int]
     done = waiting = 0
 
     def together() -> Iterator[Step]:
+        nonlocal done, waiting
         if short:
             read = partial(_joined, tuple(short), old, draw, size)
             yield _Streamed(read, range(done * size, (done + waiting) * size), slot, _changed(base, tensor))
             short.clear()
+            done, waiting = done + waiting, 0
 
     for is_old, start, length in overlay(base.tensors[tensor.name].shape, tensor.shape):
         if not is_old and length >= BLOCK:
             yield from together()
-            done, waiting = done + waiting, 0
             yield from _drawn(draw, range(start, start + length), size, slot)
             done += length
             continue
@@ -104,7 +105,6 @@ def _overlaid(tensor: PlannedTensor, base: Checkpoint, draw: Callable[[int, int]
         waiting += length
         if waiting >= BLOCK:
             yield from together()
-            done, waiting = done + waiting, 0
     yield from together()
 
 

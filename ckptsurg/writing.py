@@ -73,7 +73,7 @@ class Writer:
         self._total = sum(file.size for file in files)
         run(self._segments(files, staging, targets, meter), self._jobs, meter)
         for target in targets:
-            self.amounts.add(target.amounts)
+            self.amounts.update(target.amounts)
 
     def spared(self, files: Iterable[OutputFile], staging: Staging) -> int:
         """How many bytes of files take no room of their own: those of links, and of shared blocks."""
@@ -97,7 +97,7 @@ class Writer:
             if self._link and file.untouched is not None:
                 obstacle = staging.link(file.name, self.base.path_of(file.untouched), file.untouched)
                 if obstacle is None:
-                    self.amounts.linked += file.size
+                    self.amounts["linked"] += file.size
                     yield from self._linked(file, meter)
                     continue
                 _log.warning("%s: cannot be linked to the base (%s)", shown(file.name), obstacle)
