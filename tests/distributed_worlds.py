@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -60,7 +62,22 @@ def publish(folder: Path) -> None:
         ckptsurg.write_manifest(manifest, folder / f"{name}.freeze.json")
 
 
-# --- A process --------------------------------------------------------------------------------------
+# --- Processes --------------------------------------------------------------------------------------
+
+
+def run(ranks: int, function: Callable[..., None], *arguments: Any) -> None:
+    """Call ``function(rank, *arguments)`` in so many processes. An exception in one ends all, and is raised here."""
+    torch.multiprocessing.spawn(_run_rank, (function, arguments), nprocs=ranks)
+
+
+def _run_rank(rank: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    function(rank, *arguments)
+    # Interpreters that tear themselves down abort now and then ("terminate called without an active exception"):
+    # a mesh or a sharded model may hold gloo's group, with a thread that nobody joins, longer than the registry does.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
 
 Scene = Callable[[int, Path], dict[str, Any]]
 SCENES: dict[str, Scene] = {}

@@ -10,7 +10,6 @@ import pickle
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file
 
 import ckptsurg
@@ -22,7 +21,7 @@ from . import distributed_worlds as worlds
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     worlds.publish(folder)
-    torch.multiprocessing.spawn(worlds.play, (folder,), nprocs=worlds.RANKS)
+    worlds.run(worlds.RANKS, worlds.play, folder)
     return folder
 
 

@@ -99,7 +99,7 @@ def train_and_save(rank: int, folder: Path, ranks: int) -> None:
 def world(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     worlds.publish(folder)
-    torch.multiprocessing.spawn(train_and_save, (folder, request.param), nprocs=request.param)
+    worlds.run(request.param, train_and_save, folder, request.param)
     assert len(list((folder / "trained").glob("*.distcp"))) == request.param
     return folder
 

@@ -20,6 +20,8 @@ from ckptsurg.frameworks.pytorch import TorchTensors
 from ckptsurg.integrations.pytorch import fingerprint, lanes
 from ckptsurg.integrations.pytorch.fingerprint import Fingerprint, fingerprints
 
+from . import distributed_worlds as worlds
+
 CPU = torch.device("cpu")
 B = 4096
 DTYPES = [
@@ -414,4 +416,4 @@ def _rank(rank: int, rendezvous: str) -> None:
 
 def test_no_sharding_changes_a_fingerprint(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    torch.multiprocessing.spawn(_rank, (str(tmp_path / "rendezvous"),), nprocs=4)
+    worlds.run(4, _rank, str(tmp_path / "rendezvous"))
