@@ -10,7 +10,8 @@ Data flows one way; each module knows only those further down in its line or bel
       frameworks                     what torch and Keras hold in memory
     inspection, schemas          what a checkpoint holds; what each document may say
     rewriting, verifying, diffing  carry a plan out; prove that frozen tensors have their bits
-      baselines, settling, causes    the published tensors; why one moved, where the evidence settles it
+      baselines, counterparts        the published tensors; what stands for a manifest's, against its records
+      gathering, settling, causes    why one moved: the evidence, and what it settles
       comparing, traits, renaming    two versions of a tensor, and in which way they differ; two names of one
       writing, layout, publishing    who brings bytes to an output; where they go; how it becomes visible
       making, describing             tensors that are drawn; the manifest's records
@@ -18,7 +19,8 @@ Data flows one way; each module knows only those further down in its line or bel
       parallel, disk, metering       threads; what changes a disk; how far along
       moments, initializers, random_bits  named values, the same for good
     planning                     spec x headers -> one action for every tensor
-      selectors, matching, patterns  which tensors a pattern selects; layers: where they stand in a model
+      selectors, matching, patterns  which tensors a pattern selects
+      trees, layers                  names as a tree; where tensors stand in a model
       defaults                       what ``default`` draws
     spec, plans, manifest, report    the four documents; documents, texts and parsing take them strictly
     header, checkpoints          the safetensors header, and files held open

@@ -33,7 +33,6 @@ from .coercing import (
 from .errors import DocumentError, Problem, SpecError, UsageError, system_failures
 from .formats import endings
 from .formats.adapter import AdapterOverBase
-from .schemas import schema
 from .wording import enumerate_names, shown
 
 if TYPE_CHECKING:
@@ -54,8 +53,8 @@ __all__ = [
     "load_names",
     "make_manifest",
     "plan",
+    "plan_with_spec",
     "rewrite",
-    "schema",
     "verify",
     "write_manifest",
 ]
@@ -324,15 +323,6 @@ def verify(
     with tensors_of(ckpt_or_model, wanted) as trained, ExitStack() as stack:
         before = stack.enter_context(tensors_of(baseline, wanted)) if baseline is not None else None
         is_file = isinstance(trained, Checkpoint | AdapterOverBase)
-        widened = not is_file if allow_widened is None else allow_widened
-        notes = [trained.note] if isinstance(trained, AdapterOverBase) else []
-        selected = None
-        if only is not None:
-            from .selectors import selected_names
-
-            patterns = as_patterns(only)
-            selected = selected_names(document.infos, patterns, trained.metadata)
-            notes.append(f"only {', '.join(map(shown, patterns))} was asked for")
         return verifying.verify(
             document,
             trained,
@@ -340,11 +330,11 @@ def verify(
             names=names,
             prefix=prefix,
             exact=exact,
-            allow_widened=widened,
+            allow_widened=not is_file if allow_widened is None else allow_widened,
             expect_trained=expect_trained,
             saved=not is_model(ckpt_or_model),
-            note="; ".join(notes) or None,
-            only=selected,
+            note=trained.note if isinstance(trained, AdapterOverBase) else None,
+            only=None if only is None else as_patterns(only),
             jobs=as_jobs(jobs),
             progress=progress,
         )

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NoReturn
 
-from .checkpoints import Extent, extents_of
+from .counterparts import Counterparts
 from .errors import UsageError
 from .manifest import Manifest, TensorRecord
 from .metering import Meter
 from .reading import unequal
-from .renaming import align
 from .report import Difference
 from .tensors import Buffer, TensorSource, algorithm_of, digest_of
 from .wording import counted, shown
@@ -35,64 +34,70 @@ class Baseline:
     """
 
     def __init__(self, manifest: Manifest, frozen: Mapping[str, TensorRecord], source: TensorSource) -> None:
-        self._manifest, self._source = manifest, source
-        self._partners = align(manifest.tensors, {name: name for name in source.tensors})
+        self._frozen = frozen
+        self._published = Counterparts(manifest, source, {name: name for name in source.tensors})
         for name, record in frozen.items():
-            if name not in self._partners or source.tensors[self._partners[name]] != record.info:
+            if self._published.tensors.get(name) != record.info:
                 self._refuse(name, "is missing, or has another dtype or shape")
 
     def _refuse(self, name: str, reason: str) -> NoReturn:
         raise UsageError(
-            f'{self._source.label}: is not the baseline of this manifest: "{shown(name)}" {reason}',
+            f'{self._published.label}: is not the baseline of this manifest: "{shown(name)}" {reason}',
             hint="the baseline is the output that the manifest was published with",
         )
 
-    def equal(self, lying: Mapping[str, Extent], trained: TensorSource, meter: Meter, jobs: int) -> Iterable[str]:
-        """Which tensors have the bytes that they have here. A file that is the other one says nothing of itself.
+    def equal(self, trained: Counterparts, meter: Meter, jobs: int) -> Collection[str]:
+        """Which tensors lie in files with the bytes that they have here. A file says nothing of itself.
 
         Args:
-            lying: Where the frozen parts of trained tensors are, by the manifest's names.
-            trained: Whose they are.
+            trained: What is compared.
             meter: Told how many bytes were compared.
             jobs: How many threads read.
         """
-        extents = extents_of(self._source)
-        pairs = {}
-        for name, extent in lying.items():
-            own = extents.get(self._partners[name])
-            if own is not None and not os.path.samestat(own.file.status, extent.file.status):
-                record = self._manifest.tensors[name]
-                pairs[name] = extent, own.part(*record.held_span(record.info))
-        differing = unequal(pairs, (trained.label, self._source.label), meter, jobs)
-        return [name for name in pairs if name not in differing]
+        there, here = trained.held_extents(self._frozen), self._published.held_extents(self._frozen)
+        pairs = {
+            name: (extent, here[name])
+            for name, extent in there.items()
+            if name in here and not os.path.samestat(here[name].file.status, extent.file.status)
+        }
+        return pairs.keys() - unequal(pairs, (trained.label, self._published.label), meter, jobs)
 
     def note(self, count: int) -> str | None:
         """What a report says of so many tensors that are equal."""
-        what = f"{counted(count)} compared with {self._source.label} byte by byte, so no digest was computed"
+        what = f"{counted(count)} compared with {self._published.label} byte by byte, so no digest was computed"
         return what if count else None
 
     def locate(
-        self, difference: Difference, record: TensorRecord, trained: TensorSource, partner: str
-    ) -> tuple[Difference, Traits | None]:
-        """A change with its place, its size and its traits."""
+        self, drifted: Iterable[Difference], trained: Counterparts
+    ) -> tuple[list[Difference], dict[str, Traits]]:
+        """Changes with their places and sizes; and in which way tensors changed, by name."""
+        located = []
+        traits = {}
+        for difference in drifted:
+            if difference.verdict in ("changed", "dtype"):
+                difference, how = self._look_into(difference, trained)
+                if how is not None:
+                    traits[difference.name] = how
+            located.append(difference)
+        return located, traits
+
+    def _look_into(self, difference: Difference, trained: Counterparts) -> tuple[Difference, Traits | None]:
         from .comparing import compare, was_cast
         from .traits import Traits
 
-        if difference.verdict not in ("changed", "dtype"):
-            return difference, None
-        own, info = self._partners[difference.name], trained.tensors[partner]
-        if digest_of(self._source.read(own), algorithm_of(record.digest)) != record.digest:
-            self._refuse(difference.name, "has other bits")
+        name, record = difference.name, self._frozen[difference.name]
+        if digest_of(self._published.read(name), algorithm_of(record.digest)) != record.digest:
+            self._refuse(name, "has other bits")
 
         def before() -> Iterator[Buffer]:
-            return iter(record.held_bytes(self._source.read(own), record.info))
+            return self._published.held_bytes(name, record)
 
         def after() -> Iterator[Buffer]:
-            return iter(record.held_bytes(trained.read(partner), info))
+            return trained.held_bytes(name, record)
 
         if difference.verdict == "dtype":
-            cast = was_cast(before, after, record.dtype, info.dtype)
-            return difference, Traits.of_cast(info.dtype) if cast else None
+            dtype = trained.tensors[name].dtype
+            return difference, Traits.of_cast(dtype) if was_cast(before, after, record.dtype, dtype) else None
         found = compare(before, after, record.held)
         if found is None:
             return difference, None
@@ -100,4 +105,4 @@ class Baseline:
         if record.rows is not None:
             first, *rest = detail.first_index
             detail = detail.model_copy(update={"first_index": (first + record.rows.start, *rest)})
-        return Difference(name=difference.name, verdict=verdict, detail=detail), traits
+        return Difference(name=name, verdict=verdict, detail=detail), traits

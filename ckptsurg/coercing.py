@@ -207,21 +207,7 @@ def tensors_of(given: TensorsLike, wanted: Collection[str] = ()) -> Iterator[Ten
 
         yield source_of(cast(Any, given), wanted)
     elif torch is not None and isinstance(given, Mapping):
-        from .frameworks.pytorch import TorchTensors
-
-        # What get_extra_state() of a module gave is no weight, whatever it is.
-        given = {name: value for name, value in given.items() if not str(name).endswith("_extra_state")}
-        if odd := [name for name, value in given.items() if not isinstance(value, torch.Tensor)]:
-            message = f'"{shown(odd[0])}" of the state dict is a {type(given[odd[0]]).__name__}, not a tensor'
-            from .formats.saved_by_torch import STATE_DICT_KEYS
-
-            inside = next((name for name in STATE_DICT_KEYS if isinstance(given.get(name), Mapping)), None)
-            raise UsageError(message, hint=f'give what is inside: checkpoint["{inside}"]' if inside else None)
-        names: list[Any] = list(given)
-        if unnamed := [name for name in names if not isinstance(name, str)]:
-            kind = type(unnamed[0]).__name__
-            raise UsageError(f"{shown(unnamed[0])} of the state dict is a {kind}; the name of a tensor is text")
-        yield TorchTensors(given, "the state dict")
+        yield _of_state_dict(given)
     elif isinstance(given, str | os.PathLike):
         with open_trained(as_path(given)) as opened:
             yield opened
@@ -229,6 +215,29 @@ def tensors_of(given: TensorsLike, wanted: Collection[str] = ()) -> Iterator[Ten
         yield cast("TensorSource", given)
     else:
         raise UsageError(f"expected a path, checkpoint, model or state dict, found {shown(type(given).__name__)}")
+
+
+def _of_state_dict(given: Mapping[str, Any]) -> TensorSource:
+    """The tensors of a state dict, which holds nothing else, and each by name."""
+    import torch
+
+    from .formats.saved_by_torch import STATE_DICT_KEYS
+    from .frameworks.pytorch import TorchTensors
+
+    # What get_extra_state() of a module gave is no weight, whatever it is.
+    tensors: dict[Any, Any] = {name: one for name, one in given.items() if not str(name).endswith("_extra_state")}
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor):
+            inside = next((key for key in STATE_DICT_KEYS if isinstance(tensors.get(key), Mapping)), None)
+            raise UsageError(
+                f'"{shown(name)}" of the state dict is a {type(value).__name__}, not a tensor',
+                hint=f'give what is inside: checkpoint["{inside}"]' if inside else None,
+            )
+    for name in tensors:
+        if not isinstance(name, str):
+            kind = type(name).__name__
+            raise UsageError(f"{shown(name)} of the state dict is a {kind}; the name of a tensor is text")
+    return TorchTensors(tensors, "the state dict")
 
 
 _UNITS = {"": 1, "B": 1, **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}}

@@ -23,17 +23,13 @@ from .documents import canonical_json
 from .initializer_arguments import Initializer
 from .numpy_types import element_type
 from .random_bits import FloatArray, Scratch, cumulative, quantile, uniform, words
-from .tensors import Buffer, TensorInfo
+from .tensors import BLOCK_ELEMENTS, Buffer, TensorInfo
 from .wording import shown
 
 __all__ = ["Drawing", "Undrawable", "rounded"]
 
-#: Elements drawn at a time.
-BLOCK = 1 << 17
-
-
 #: Where blocks are drawn.
-_memory = Scratch((BLOCK,), np.complex128)
+_memory = Scratch((BLOCK_ELEMENTS,), np.complex128)
 #: How many threads draw at a time: each takes some 8 MB for it.
 _at_a_time = BoundedSemaphore(8)
 
@@ -75,19 +71,19 @@ class Drawing:
     def read(self, start: int, stop: int) -> Iterator[Buffer]:
         """The bytes of elements ``start`` to ``stop``, in chunks, each drawn when it is asked for."""
         size = element_type(self._info.dtype).itemsize
-        for number in range(start // BLOCK, -(-stop // BLOCK)):
-            low, high = max(start - number * BLOCK, 0), min(stop - number * BLOCK, BLOCK)
+        for number in range(start // BLOCK_ELEMENTS, -(-stop // BLOCK_ELEMENTS)):
+            low, high = max(start - number * BLOCK_ELEMENTS, 0), min(stop - number * BLOCK_ELEMENTS, BLOCK_ELEMENTS)
             is_constant, kept = isinstance(self._values, _Constant), self._kept
             if is_constant:
                 number = 0  # none is longer, and all are the same
             block = kept.block if kept.number == number else self._block(number)
-            if is_constant or high - low < BLOCK:
+            if is_constant or high - low < BLOCK_ELEMENTS:
                 kept.number, kept.block = number, block
             yield memoryview(block)[low * size : high * size]
 
     def _block(self, number: int) -> bytes:
-        start = number * BLOCK
-        stop = min(start + BLOCK, self._info.elements)
+        start = number * BLOCK_ELEMENTS
+        stop = min(start + BLOCK_ELEMENTS, self._info.elements)
         with _at_a_time, _memory.lent() as memory:
             values = (memory if self.is_complex else memory.view(np.float64))[: stop - start]
             self._values(start, stop, values)

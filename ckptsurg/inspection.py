@@ -56,7 +56,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, patterns: Sequence[str] = ()) -> 
     """
     names = list(checkpoint.tensors)
     if patterns:
-        from .selectors import selected_names  # here, for without patterns there is no need of numpy
+        from .selectors import selected_names  # here, for without patterns there is no need of specs
 
         names = selected_names(checkpoint.tensors, patterns, checkpoint.metadata)
     infos, place = checkpoint.tensors, checkpoint.file_of

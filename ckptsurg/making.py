@@ -1,5 +1,7 @@
 """The steps by which a tensor of an output comes about that is not copied from where it lies: drawn, grown, or read
 through a framework.
+
+What draws needs numpy, and is imported by whichever thread draws first, while others copy.
 """
 
 from __future__ import annotations
@@ -16,13 +18,11 @@ from .checkpoints import Checkpoint
 from .copying import Target
 from .errors import CheckpointError, Problem, SpecError
 from .initializer_arguments import Initializer
-from .initializers import BLOCK, Drawing, Undrawable
 from .metering import Meter
-from .moments import MeanRow, moments
 from .parallel import Step
 from .plans import PlannedTensor
 from .reading import Consumer
-from .tensors import CHUNK_BYTES, DTYPE_BITS, Buffer
+from .tensors import BLOCK_ELEMENTS, CHUNK_BYTES, DTYPE_BITS, Buffer
 from .wording import shown
 
 __all__ = ["Slot", "made", "overlay"]
@@ -96,14 +96,14 @@ def _overlaid(tensor: PlannedTensor, base: Checkpoint, draw: Callable[[int, int]
             done, waiting = done + waiting, 0
 
     for is_old, start, length in overlay(base.tensors[tensor.name].shape, tensor.shape):
-        if not is_old and length >= BLOCK:
+        if not is_old and length >= BLOCK_ELEMENTS:
             yield from together()
             yield from _drawn(draw, range(start, start + length), size, slot)
             done += length
             continue
         short.append((is_old, start, length))
         waiting += length
-        if waiting >= BLOCK:
+        if waiting >= BLOCK_ELEMENTS:
             yield from together()
     yield from together()
 
@@ -135,6 +135,8 @@ def _drawing(tensor: PlannedTensor, base: Checkpoint, seed: int, spec: str) -> C
     values = _once(lambda: _values(tensor, base, seed))
 
     def draw(start: int, stop: int) -> bytes:
+        from .initializers import Undrawable
+
         try:
             return b"".join(values()(start, stop))
         except Undrawable as error:
@@ -145,6 +147,9 @@ def _drawing(tensor: PlannedTensor, base: Checkpoint, seed: int, spec: str) -> C
 
 def _values(tensor: PlannedTensor, base: Checkpoint, seed: int) -> _Ranges:
     """A reader of a drawn tensor's bytes, by elements."""
+    from .initializers import Drawing
+    from .moments import MeanRow, moments
+
     name, init = tensor.name, tensor.init
     assert init is not None
     if init.name == "mean":
@@ -157,8 +162,8 @@ def _values(tensor: PlannedTensor, base: Checkpoint, seed: int) -> _Ranges:
 
 def _drawn(draw: Callable[[int, int], bytes], elements: range, size: int, slot: Slot) -> Iterator[_Drawn]:
     """A range of elements; where it is empty, a step all the same, which finds out whether they could be drawn."""
-    for start in range(elements.start, max(elements.stop, elements.start + 1), BLOCK):
-        yield _Drawn(draw, range(start, min(start + BLOCK, elements.stop)), size, slot)
+    for start in range(elements.start, max(elements.stop, elements.start + 1), BLOCK_ELEMENTS):
+        yield _Drawn(draw, range(start, min(start + BLOCK_ELEMENTS, elements.stop)), size, slot)
 
 
 def _once(make: Callable[[], _Made]) -> Callable[[], _Made]:

@@ -1,26 +1,22 @@
 """Patterns against names: which names does a pattern select, and what was meant when it selects none.
 
-A name is segments joined by ``.`` or ``/``. All names are kept as columns of segment numbers, so that a
-pattern is matched against every name at once: one pass over the columns, whose cost is the pattern's
-length times the number of segments, never exponential.
+A name is segments joined by ``.`` or ``/``, so names are a tree. The steps of a pattern lead from its root to some
+nodes: each step is taken from all nodes at once that the steps before it lead to, so that the cost is at most the
+pattern's length times the number of nodes, never exponential.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
-from itertools import chain, count, pairwise
-from typing import Any, TypeAlias
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cache, cached_property
+from itertools import islice, pairwise
+from typing import Any
 
 from .layers import Layer, LayerPaths
 from .patterns import (
     CHILD_NUMBER,
-    SEPARATOR,
     SLICE_TEXT,
     AnyDepth,
     Children,
@@ -32,218 +28,148 @@ from .patterns import (
     pick,
     split_name,
 )
+from .trees import Module, Tree
 from .wording import closest, shown
 
-__all__ = ["BoolArray", "IntArray", "Names"]
-
-BoolArray: TypeAlias = NDArray[np.bool_]
-IntArray: TypeAlias = NDArray[np.int64]
+__all__ = ["Names"]
 
 
 class Names:
     """A fixed set of names that patterns are matched against.
 
     Args:
-        names: The names, each once. Masks and indices of this class follow their order.
+        names: The names, each once.
         layers: The layers of the model, where their order is known: a pattern that selects nothing by name is tried on
             where the tensors stand in the model.
         children: How many numbered children a module has, by its name, where some have no tensors.
     """
 
     def __init__(
-        self, names: Sequence[str], layers: Sequence[Layer] = (), children: Mapping[str, int] | None = None
+        self, names: Iterable[str], layers: Sequence[Layer] = (), children: Mapping[str, int] | None = None
     ) -> None:
-        self.names = tuple(names)
+        self._names = dict.fromkeys(names)
         self._children_of = children or {}
         self._layers = layers
-        self._index = {name: position for position, name in enumerate(self.names)}
-        numbers: defaultdict[str, int] = defaultdict(count().__next__)
-        dotted = [name.replace("/", ".") for name in self.names]
-        segments = chain.from_iterable(name.split(".") for name in dotted)
-        numbered = np.fromiter(map(numbers.__getitem__, segments), np.int64)
-        self._vocabulary = dict(numbers)
-        # Deepest names first: the names that have a column d are then a prefix of the rows, and the
-        # columns together are no larger than the names, however deep a single one is.
-        depths = np.fromiter((name.count(".") + 1 for name in dotted), np.int64, len(dotted))
-        self._order = np.argsort(-depths, kind="stable")
-        firsts = (np.cumsum(depths) - depths)[self._order]
-        ends = np.searchsorted(-depths[self._order], -np.arange(depths.max(initial=0)), side="left")
-        self._columns: list[IntArray] = [numbered[firsts[:end] + depth] for depth, end in enumerate(ends.tolist())]
-        self._tables: dict[str, BoolArray] = {}
+        self._globs: dict[str, Callable[[str], bool]] = {}
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self._names)
 
-    def match(self, pattern: str) -> list[tuple[str, BoolArray]]:
+    def in_order(self, some: Collection[str]) -> list[str]:
+        """Those of the names that are among some, in their order."""
+        return [name for name in self._names if name in some]
+
+    def match(self, pattern: str) -> list[tuple[str, list[str]]]:
         """What each brace alternative of a pattern selects.
 
         Returns:
-            Pairs of the alternative and a mask over the names, shape [len(self)].
+            Pairs of the alternative and the names that it selects, each once.
 
         Raises:
             PatternError: if the pattern cannot be read or a slice is out of range.
         """
         # Braces of a regular expression, or of a name, are its own.
-        whole = pattern in self._index or pattern.startswith("re:")
+        whole = pattern in self._names or pattern.startswith("re:")
         return [(one, self._alternative(one)) for one in ([pattern] if whole else expand_braces(pattern))]
 
-    def _alternative(self, pattern: str) -> BoolArray:
-        if pattern in self._index:
-            return self._only(pattern)
+    def _alternative(self, pattern: str) -> list[str]:
+        if pattern in self._names:
+            return [pattern]
         if pattern.startswith("re:"):
             return self._regex(pattern.removeprefix("re:"))
         steps = parse(pattern)
         selected = self._select(steps)
         if not self._layers or not _is_a_path(steps):
             return selected
-        if not selected.any():
+        if not selected:
             return self._select_by_path(steps)
-        if _slices_layers(steps) and not np.array_equal(selected, self._select_by_path(steps)):
+        if _slices_layers(steps) and set(selected) != set(self._select_by_path(steps)):
             raise PatternError("a layer is called layers, and the model has layers in an order; name those you mean")
         return selected
 
-    def _select_by_path(self, steps: Sequence[Step]) -> BoolArray:
+    def _select_by_path(self, steps: Sequence[Step]) -> list[str]:
         """The names of tensors that stand where the steps lead."""
         paths, owners = self._paths
-        mask = np.zeros(len(self), np.bool_)
-        mask[owners[paths._select(steps)]] = True
-        return mask
+        return list(dict.fromkeys(name for path in paths._select(steps) for name in owners[path]))
 
     @cached_property
-    def _paths(self) -> tuple[Names, IntArray]:
-        """Where tensors stand in the model, and whose path each is, shape [paths]."""
+    def _paths(self) -> tuple[Names, Mapping[str, Sequence[str]]]:
+        """Where tensors stand in the model, and the names of those that stand at each path."""
         paths = LayerPaths(self._layers)
-        known = [(path, self._index[name]) for path, name in paths.tensors if name in self._index]
-        owners = np.fromiter((owner for _, owner in known), np.int64, len(known))
-        return Names([path for path, _ in known], children=paths.children), owners
+        owners: dict[str, list[str]] = defaultdict(list)
+        for path, name in paths.tensors:
+            if name in self._names:
+                owners[path].append(name)
+        return Names(owners, children=paths.children), owners
 
     def count(self, pattern: str) -> int:
         """How many names a pattern selects; 0 where it cannot be read."""
         try:
-            masks = [mask for _, mask in self.match(pattern)]
+            return len({name for _, selected in self.match(pattern) for name in selected})
         except PatternError:
             return 0
-        return int(np.logical_or.reduce(masks).sum()) if masks else 0
 
-    def _only(self, name: str) -> BoolArray:
-        mask = np.zeros(len(self), np.bool_)
-        mask[self._index[name]] = True
-        return mask
-
-    def _regex(self, expression: str) -> BoolArray:
+    def _regex(self, expression: str) -> list[str]:
         matches = _compile_regex(expression)
-        if not self.names or self._lines is None or _SEES_LINES.search(expression):
-            return np.fromiter(map(matches, self.names), np.bool_, len(self))
+        if not self._names or self._lines is None or _SEES_LINES.search(expression):
+            return [name for name in self._names if matches(name)]
         # All names at once, a line each: most of a single match is the way in and out of the library.
-        text, starts = self._lines
-        mask = np.zeros(len(self), np.bool_)
-        mask[np.searchsorted(starts, _matching_lines(expression, text))] = True
-        return mask
+        return _matching_lines(expression, self._lines)
 
     @cached_property
-    def _lines(self) -> tuple[str, IntArray] | None:
-        """The names as lines and where each begins; None if a name has a line feed in it."""
-        if any("\n" in name for name in self.names):
-            return None
-        lengths = np.fromiter(map(len, self.names), np.int64, len(self)) + 1
-        return "\n".join(self.names), np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
+    def _lines(self) -> str | None:
+        """The names as lines; None if a name has a line feed in it."""
+        return None if any("\n" in name for name in self._names) else "\n".join(self._names)
 
-    def _select(self, steps: Sequence[Step]) -> BoolArray:
-        """The names that the steps match, or that lie below a module which they match."""
-        selected = np.zeros(len(self), np.bool_)
-        for _, accepted in self._walk(steps):
-            selected[: len(accepted)] |= accepted
-        mask = np.empty_like(selected)
-        mask[self._order] = selected
-        return mask
+    @cached_property
+    def _tree(self) -> Tree:
+        return Tree(self._names)
 
-    def _walk(self, steps: Sequence[Step]) -> Iterator[tuple[int, BoolArray]]:
-        """Run the steps over the columns.
+    def _select(self, steps: Sequence[Step]) -> list[str]:
+        """The names that the steps lead to, or that lie below a module which they lead to."""
+        modules, names = self._walk(steps[:-1] if isinstance(steps[-1], AnyDepth) else steps)
+        below = self._tree.names_below(modules)
+        return list(dict.fromkeys(below + names)) if below and names else below or names
 
-        Yields:
-            Pairs (depth, mask over the first rows): names whose first ``depth`` segments match all steps.
-        """
-        last = len(steps)
-        if any(isinstance(s, Segment) and not s.is_glob and s.text not in self._vocabulary for s in steps):
-            return
-        # states[p]: names of which the segments so far match the first p steps.
-        states: list[BoolArray | None] = [None] * (last + 1)
-        states[0] = np.ones(len(self), np.bool_)
-        for depth in range(len(self._columns) + 1):
-            for position, step in enumerate(steps):
-                if isinstance(step, AnyDepth):
-                    states[position + 1] = _union(states[position + 1], states[position])
-            if (accepted := states[last]) is not None:
-                yield depth, accepted
-            if depth == len(self._columns):
-                return
-            column = self._columns[depth]
-            following: list[BoolArray | None] = [None] * (last + 1)
-            for position, step in enumerate(steps):
-                state = states[position]
-                if state is None:
-                    continue
-                state = state[: len(column)]
-                if isinstance(step, AnyDepth):
-                    following[position] = _union(following[position], state)
-                    continue
-                hit = state & self._test(step, depth, state)
-                if hit.any():
-                    following[position + 1] = _union(following[position + 1], hit)
-            states = following
-            if not any(state is not None for state in states):
-                return
+    def _walk(self, steps: Sequence[Step]) -> tuple[list[Module], list[str]]:
+        """The modules, each once, and the names of tensors that the steps lead to."""
+        modules, names = [self._tree.root], list[str]()
+        for step in steps:
+            if isinstance(step, AnyDepth):
+                names += self._tree.names_below(modules)
+                modules = self._tree.modules_below(modules)
+            elif isinstance(step, Segment) and not step.is_glob:
+                key = step.text
+                names = [name for module in modules if key in module.tensors for name in module.tensors[key]]
+                modules = [module.modules[key] for module in modules if key in module.modules]
+            else:
+                tested = [(module, self._test(step, module)) for module in modules]
+                names = [
+                    n for module, fits in tested for key, some in module.tensors.items() if fits(key) for n in some
+                ]
+                modules = [one for module, fits in tested for key, one in module.modules.items() if fits(key)]
+        return modules, names
 
-    def _test(self, step: Segment | Children, depth: int, state: BoolArray) -> BoolArray:
-        column = self._columns[depth]
-        if isinstance(step, Children):
-            return self._slice(step.text, depth, state)
-        if not step.is_glob:
-            return np.asarray(column == self._vocabulary[step.text])
-        if step.text == "*":
-            return np.ones(len(column), np.bool_)
-        return self._glob(step.text)[column]
+    def _test(self, step: Segment | Children, module: Module) -> Callable[[str], bool]:
+        """Which segments a step takes from a module."""
+        if isinstance(step, Segment):
+            return self._glob(step.text)
+        numbers = {int(key) for key in (*module.modules, *module.tensors) if CHILD_NUMBER.fullmatch(key)}
+        if not numbers:
+            return frozenset[str]().__contains__
+        name = self._tree.path(module)
+        there = self._children_of.get(name)
+        picked = pick(sorted(numbers) if there is None else range(there), step.text, name)
+        return frozenset(map(str, picked)).__contains__
 
-    def _glob(self, text: str) -> BoolArray:
-        """Which segments of the vocabulary a glob matches, shape [len(vocabulary)]."""
-        if text not in self._tables:
+    def _glob(self, text: str) -> Callable[[str], bool]:
+        """A test of segments, of which many are alike."""
+        if text not in self._globs:
             parts = (
                 ".*" if part == "*" else "." if part == "?" else _escape(part) for part in re.split("([*?])", text)
             )
-            matches = _compile_regex("(?s)" + "".join(parts))
-            self._tables[text] = np.fromiter(map(matches, self._vocabulary), np.bool_, len(self._vocabulary))
-        return self._tables[text]
-
-    @cached_property
-    def _numbers(self) -> IntArray:
-        """The number of each segment of the vocabulary; -1 where it is none."""
-        return np.array([int(s) if CHILD_NUMBER.fullmatch(s) else -1 for s in self._vocabulary], np.int64)
-
-    @cached_property
-    def _modules(self) -> list[IntArray]:
-        """For each depth, which names share their first ``depth`` segments: equal numbers do."""
-        modules = [np.zeros(len(self), np.int64)]
-        for column in self._columns:
-            keys = modules[-1][: len(column)] * len(self._vocabulary) + column
-            modules.append(np.unique(keys, return_inverse=True)[1])
-        return modules
-
-    def _slice(self, text: str, depth: int, state: BoolArray) -> BoolArray:
-        numbers = self._numbers[self._columns[depth]]
-        hit = np.zeros(len(state), np.bool_)
-        rows = np.flatnonzero(state & (numbers >= 0))
-        if not rows.size:
-            return hit
-        rows = rows[np.argsort(self._modules[depth][rows], kind="stable")]
-        modules = self._modules[depth][rows]
-        for group in np.split(rows, np.flatnonzero(np.diff(modules)) + 1):
-            children = numbers[group]
-            name = self.names[self._order[group[0]]]
-            module = name[: _offset(name, depth)]
-            there = self._children_of.get(module)
-            picked = pick(np.unique(children).tolist() if there is None else range(there), text, module)
-            hit[group] = np.isin(children, list(picked))
-        return hit
+            self._globs[text] = cache(_compile_regex("(?s)" + "".join(parts)))
+        return self._globs[text]
 
     # --- Nearest names -----------------------------------------------------------------------------
 
@@ -276,7 +202,7 @@ class Names:
         else:
             length = 0
         if not found and length == 0:  # further in, what there is at that place says more
-            found += _close(pattern, list(self.names[:5000]))
+            found += _close(pattern, self._names)
         return list(dict.fromkeys(found))[:limit]
 
     def choices(self, pattern: str, limit: int = 6) -> list[str]:
@@ -293,16 +219,17 @@ class Names:
     def _children(self, steps: Sequence[Step]) -> list[str]:
         """The segments that follow where the steps match, in the order of the names."""
         try:
-            ids = [
-                self._columns[depth][accepted[: len(self._columns[depth])]]
-                for depth, accepted in self._walk(steps)
-                if depth < len(self._columns)
-            ]
+            modules, _ = self._walk(steps)
         except PatternError:
             return []
-        wanted = np.unique(np.concatenate(ids)) if ids else np.empty(0, np.int64)
-        vocabulary = list(self._vocabulary)
-        return [vocabulary[number] for number in wanted.tolist()]
+        found = {segment for module in modules for segment in (*module.modules, *module.tensors)}
+        return sorted(found, key=self._segments.__getitem__)
+
+    @cached_property
+    def _segments(self) -> Mapping[str, int]:
+        """All segments, numbered in the order in which they first stand in a name."""
+        found = dict.fromkeys(segment for name in self._names for segment in split_name(name))
+        return {segment: number for number, segment in enumerate(found)}
 
     def _braces_for_brackets(self, pattern: str) -> list[str]:
         """``layer[3:]`` -> ``layer{3..4}``, where the numbers are part of the segment's name."""
@@ -310,7 +237,7 @@ class Names:
         if not sliced:
             return []
         stem = sliced[2]
-        tails = (s[len(stem) :] for s in self._vocabulary if s.startswith(stem))
+        tails = (segment[len(stem) :] for segment in self._segments if segment.startswith(stem))
         numbers = sorted({int(tail) for tail in tails if CHILD_NUMBER.fullmatch(tail)})
         try:
             picked = sorted(pick(numbers, sliced[3], stem)) if numbers else []
@@ -336,22 +263,10 @@ def _slices_layers(steps: Sequence[Step]) -> bool:
     )
 
 
-def _offset(name: str, depth: int) -> int:
-    """Where the first ``depth`` segments of a name end."""
-    ends = [match.start() for match in SEPARATOR.finditer(name)]
-    return ends[depth - 1] if 0 < depth <= len(ends) else (0 if depth == 0 else len(name))
-
-
-def _union(one: BoolArray | None, other: BoolArray | None) -> BoolArray | None:
-    if one is None or other is None:
-        return one if other is None else other
-    return one[: len(other)] | other[: len(one)]
-
-
-def _close(text: str, candidates: Sequence[str]) -> list[str]:
+def _close(text: str, candidates: Iterable[str]) -> list[str]:
     """Candidates that look like the text, most alike first; letter case does not count."""
     folded: dict[str, str] = {}
-    for candidate in candidates[:5000]:
+    for candidate in islice(candidates, 5000):
         folded.setdefault(candidate.lower(), candidate)
     return [folded[match] for match in closest(text.lower(), folded)]
 
@@ -377,12 +292,12 @@ def _options(*, lines: bool = False) -> Any:
     return options
 
 
-def _matching_lines(expression: str, text: str) -> list[int]:
-    """Where the lines begin that an expression matches as a whole."""
+def _matching_lines(expression: str, text: str) -> list[str]:
+    """The lines that an expression matches as a whole."""
     import re2
 
     compiled = re2.compile(f"(?m)^(?:{expression})$", _options(lines=True))
-    return [match.start() for match in compiled.finditer(text)]
+    return [match.group() for match in compiled.finditer(text)]
 
 
 def _compile_regex(expression: str) -> Callable[[str], bool]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-
-import numpy as np
 
 from .errors import Problem, SpecError
 from .initializer_arguments import Initializer, refusal
 from .layers import from_metadata
-from .matching import BoolArray, IntArray, Names
+from .matching import Names
 from .parsing import Place
 from .plans import Counts, Plan, PlannedTensor
 from .selectors import Selection, Space, module_and_leaf, select
@@ -30,15 +28,13 @@ def plan(spec: Spec, source: TensorSource) -> Plan:
     """
     base, layers = source.tensors, from_metadata(getattr(source, "metadata", None))
     findings = _Findings(spec)
-    everything = Space(Names(list(base), layers), base)
-    drop = findings.select(("drop",), spec.drop, everything)
-    dropped = {
-        name: rule
-        for name, rule, is_gone in zip(base, findings.rules("drop", drop), drop.mask.tolist(), strict=True)
-        if is_gone
-    }
+    space = Space(Names(base, layers), base)
+    drop = findings.select(("drop",), spec.drop, space)
+    rule_of = findings.rules("drop", drop)
+    dropped = {name: rule_of(name) for name in base if name in drop.names}
     left = {name: info for name, info in base.items() if name not in dropped}
-    space = Space(Names(list(left), layers), left, Names(list(dropped), layers)) if dropped else everything
+    if dropped:
+        space = Space(Names(left, layers), left, Names(dropped, layers))
 
     fates = _Fates(findings, space)
     draws = _Draws(findings, left, fates.owners)
@@ -87,19 +83,16 @@ class _Findings:
         self.notes += selection.notes
         return selection
 
-    def claimed_twice(self, both: BoolArray, space: Space, one: Place, other: Place, remedy: str) -> None:
-        names = [space.names.names[index] for index in np.flatnonzero(both).tolist()]
+    def claimed_twice(self, names: Sequence[str], one: Place, other: Place, remedy: str) -> None:
         places = f"{self.spec.written(one)} and {self.spec.written(other)}"
         self.add(other, f"{places} both claim {enumerate_names(names, 3)}; {remedy}")
 
-    def rules(self, key: str, selection: Selection) -> list[str | None]:
-        """Where in the spec each name was decided, in the order of the names."""
-        written: list[str | None] = [
-            self.spec.written((key, position)) for position in range(int(selection.item.max(initial=-1)) + 1)
-        ]
-        # Reached by index -1. What `train` does not name is frozen by the key as a whole.
-        written.append("train" if key == "train" and self.spec.train is not None else None)
-        return [written[index] for index in selection.item.tolist()]
+    def rules(self, key: str, selection: Selection) -> Callable[[str], str | None]:
+        """Where in the spec a name was decided."""
+        written = {position: self.spec.written((key, position)) for position in set(selection.item.values())}
+        # What `train` does not name is frozen by the key as a whole.
+        as_a_whole = "train" if key == "train" and self.spec.train is not None else None
+        return lambda name: written.get(selection.item.get(name, -1), as_a_whole)
 
 
 class _Fates:
@@ -114,61 +107,69 @@ class _Fates:
         self._findings, self._space = findings, space
         self._freeze = findings.select(("freeze",), spec.freeze, space)
         self._train = findings.select(("train",), spec.train, space)
-        owner = self._reinit_owner()
-        self._check(owner)
-        names = space.names.names
-        self.owners = {names[index]: int(owner[index]) for index in np.flatnonzero(owner >= 0).tolist()}
-        mask = self._freeze.mask if spec.freeze is not None else ~self._train.mask
-        self._frozen = mask if spec.freeze is not None or spec.train is not None else np.zeros_like(mask)
+        self.owners = self._reinit_owners()
+        self._check()
 
     @cached_property
-    def copied(self) -> dict[str, tuple[bool, str | None]]:
-        """For each tensor, were it copied: whether it is frozen, and by which rule."""
-        key = "freeze" if self._findings.spec.freeze is not None else "train"
-        rules = self._findings.rules(key, self._freeze if key == "freeze" else self._train)
-        return dict(zip(self._space.names.names, zip(self._frozen.tolist(), rules, strict=True), strict=True))
+    def copied(self) -> Callable[[str], tuple[bool, str | None]]:
+        """Of a tensor, were it copied: whether it is frozen, and by which rule."""
+        spec, frozen, trained = self._findings.spec, self._freeze.names, self._train.names
+        if spec.freeze is not None:
+            rule_of = self._findings.rules("freeze", self._freeze)
+            return lambda name: (name in frozen, rule_of(name))
+        rule_of = self._findings.rules("train", self._train)
+        return lambda name: (spec.train is not None and name not in trained, rule_of(name))
 
-    def _reinit_owner(self) -> IntArray:
-        """Which reinit rule has each name, shape [names]; -1 where none has."""
-        owner = np.full(len(self._space.names), -1, np.int64)
+    def _reinit_owners(self) -> dict[str, int]:
+        """Which reinit rule has each tensor that is drawn, in the order of the names."""
+        owners: dict[str, int] = {}
         for position, rule in enumerate(self._findings.spec.reinit):
-            mask = self._findings.select(("reinit", position), [rule], self._space).mask
-            for earlier in sorted(set(owner[mask].tolist()) - {-1}):
+            selected = self._findings.select(("reinit", position), [rule], self._space).names
+            claimed = {name: owners[name] for name in self._space.names.in_order(selected & owners.keys())}
+            for earlier in sorted(set(claimed.values())):
+                both = [name for name, owner in claimed.items() if owner == earlier]
                 remedy = "a tensor is drawn by one rule; make a pattern narrower"
-                self._claimed_twice(mask & (owner == earlier), ("reinit", earlier), ("reinit", position), remedy)
-            owner[mask & (owner < 0)] = position
-        return owner
+                self._findings.claimed_twice(both, ("reinit", earlier), ("reinit", position), remedy)
+            owners = dict.fromkeys(selected, position) | owners
+        return {name: owners[name] for name in self._space.names.in_order(owners)}
 
-    def _check(self, owner: IntArray) -> None:
+    def _check(self) -> None:
         """Report what freeze, train and reinit claim against one another."""
         spec, freeze, train = self._findings.spec, self._freeze, self._train
-        for position, rule in enumerate(spec.reinit):
-            mine, place = owner == position, ("reinit", position)
-            if not rule.frozen and (both := mine & freeze.mask & ~self._kept(rule)).any():
-                self._claimed_twice(both, self._decider("freeze", freeze, both), place, self._thawed(rule, both))
-            if rule.frozen and (both := mine & train.mask).any():
+        drawn: dict[int, list[str]] = defaultdict(list)
+        for name, position in self.owners.items():
+            drawn[position].append(name)
+        for position, names in drawn.items():
+            rule, place = spec.reinit[position], ("reinit", position)
+            if rule.frozen and (both := [name for name in names if name in train.names]):
                 remedy = f'add "!{shown(rule.match)}" to train, or leave `frozen` out'
-                self._claimed_twice(both, self._decider("train", train, both), place, remedy)
+                self._findings.claimed_twice(both, ("train", train.item[both[0]]), place, remedy)
+            # What has frozen rows, and keeps the old ones, is not drawn where it is frozen.
+            kept = freeze.rows if rule.keep else ()
+            both = [name for name in names if name in freeze.names and name not in kept]
+            if both and not rule.frozen:
+                self._findings.claimed_twice(both, ("freeze", freeze.item[both[0]]), place, self._thawed(rule, both))
         if spec.freeze is None or spec.train is None:
             return
-        drawn = owner >= 0
-        if (both := freeze.mask & train.mask & ~drawn).any():
-            held, thawed = self._decider("freeze", freeze, both), self._decider("train", train, both)
+        if both := self._space.names.in_order((freeze.names & train.names) - self.owners.keys()):
+            held, thawed = freeze.item[both[0]], train.item[both[0]]
             # The wider of the two gives way.
-            if freeze.mask.sum() < train.mask.sum():
-                remedy = f'add "!{shown(spec.freeze[held[1]].match)}" to train'
+            if len(freeze.names) < len(train.names):
+                remedy = f'add "!{shown(spec.freeze[held].match)}" to train'
             else:
-                remedy = f'add "!{shown(spec.train[thawed[1]].match)}" to freeze'
-            self._claimed_twice(both, held, thawed, remedy)
-        if (neither := ~(freeze.mask | train.mask | drawn)).any():
-            names = [self._space.names.names[index] for index in np.flatnonzero(neither).tolist()]
-            message = f"in neither freeze nor train: {enumerate_names(names, 3)}; with both keys every tensor is in one"
+                remedy = f'add "!{shown(spec.train[thawed].match)}" to freeze'
+            self._findings.claimed_twice(both, ("freeze", held), ("train", thawed), remedy)
+        if neither := self._space.names.in_order(
+            self._space.tensors.keys() - freeze.names - train.names - self.owners.keys()
+        ):
+            message = (
+                f"in neither freeze nor train: {enumerate_names(neither, 3)}; with both keys every tensor is in one"
+            )
             self._findings.add(("train",), message)
 
-    def _thawed(self, rule: ReinitRule, both: BoolArray) -> str:
+    def _thawed(self, rule: ReinitRule, names: Sequence[str]) -> str:
         """How to let a rule draw tensors that freeze claims, or what it draws of them."""
         remedy = f'add "!{shown(rule.match)}" to freeze'
-        names = [self._space.names.names[index] for index in np.flatnonzero(both).tolist()]
         if not rule.keep:
             return f"add `keep: true` to the rule, or {remedy}" if names[0] in self._freeze.rows else remedy
         counts = {self._space.tensors[name].shape[:1] for name in names}
@@ -176,11 +177,6 @@ class _Fates:
             return remedy
         count = min(*counts.pop(), rule.shape[0])
         return f'{remedy}, or {{match: {shown(rule.match)}, rows: "[:{count}]"}} to freeze the old rows alone'
-
-    def _kept(self, rule: ReinitRule) -> BoolArray:
-        """Tensors of which freeze names rows, which a rule that keeps the old ones does not draw, shape [names]."""
-        names = self._space.names.names
-        return np.array([rule.keep and name in self._freeze.rows for name in names], np.bool_)
 
     @property
     def rows(self) -> Mapping[str, tuple[int, int]]:
@@ -192,16 +188,8 @@ class _Fates:
         rows = self._freeze.rows.get(name)
         if rows is None or (old.shape[1:] == new.shape[1:] and rows[1] <= new.shape[0]):
             return
-        position = int(self._freeze.item[self._space.names.names.index(name)])
         message = f"{shown(name)} goes from {old} to {new}: the frozen rows are not kept whole"
-        self._findings.add(("freeze", position, "rows"), message)
-
-    def _claimed_twice(self, both: BoolArray, one: Place, other: Place, remedy: str) -> None:
-        self._findings.claimed_twice(both, self._space, one, other, remedy)
-
-    @staticmethod
-    def _decider(key: str, selection: Selection, both: BoolArray) -> tuple[str, int]:
-        return key, int(selection.item[both][0])
+        self._findings.add(("freeze", self._freeze.item[name], "rows"), message)
 
 
 class _Draws:
@@ -280,7 +268,7 @@ class _Draws:
 
 
 def _copied(name: str, info: TensorInfo, fates: _Fates) -> PlannedTensor:
-    frozen, rule = fates.copied[name]
+    frozen, rule = fates.copied(name)
     rows = fates.rows.get(name) if frozen else None
     return PlannedTensor(
         name=name, action="copy", frozen=frozen, dtype=info.dtype, shape=info.shape, rule=rule, rows=rows

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-
-import numpy as np
 
 from .documents import suggest
 from .errors import Problem, SpecError
 from .layers import from_metadata
-from .matching import BoolArray, IntArray, Names
+from .matching import Names
 from .parsing import Place, Text
 from .patterns import OutOfRange, PatternError
 from .spec import FreezeItem, Item, Spec, Where
@@ -59,15 +57,15 @@ class Selection:
     """What a selector selects.
 
     Attributes:
-        mask: Which names are selected, shape [names].
-        item: Which item decided on each name last, shape [names]; -1 where none did.
+        names: What is selected.
+        item: Which item decided last, by name, of names that are selected or taken away again.
         rows: First row and the one after the last, of names of which the item selects a part.
         problems: What is wrong with the selector.
         notes: What is likely not meant.
     """
 
-    mask: BoolArray
-    item: IntArray
+    names: Set[str]
+    item: Mapping[str, int]
     rows: Mapping[str, tuple[int, int]]
     problems: Sequence[Problem]
     notes: Sequence[str]
@@ -75,9 +73,8 @@ class Selection:
 
 def select(spec: Spec, place: Place, items: Sequence[Item], space: Space) -> Selection:
     """Evaluate the items in their order; the later one wins."""
-    count = len(space.names)
-    mask = np.zeros(count, np.bool_)
-    decided = np.full(count, -1, np.int64)
+    selected: set[str] = set()
+    decided: dict[str, int] = {}
     rows: dict[str, tuple[int, int]] = {}
     problems: list[Problem] = []
     notes: list[str] = []
@@ -100,25 +97,26 @@ def select(spec: Spec, place: Place, items: Sequence[Item], space: Space) -> Sel
                 continue
             problems.append(spec.problem((*here, "match"), f'"{shown(item.match)}": {error}'))
             continue
-        total = np.zeros(count, np.bool_)
+        total: set[str] = set()
         idle: list[tuple[str, int]] = []
         for alternative, hit in hits:
             hit = _filtered(hit, item.where, space)
-            taken = hit & mask if negative else hit
-            total |= taken
-            if not taken.any() and not item.optional and item.expect != 0:
-                idle.append((alternative, int(hit.sum())))
+            taken = selected.intersection(hit) if negative else hit
+            total.update(taken)
+            if not taken and not item.optional and item.expect != 0:
+                idle.append((alternative, len(hit)))
         if idle:
             problems.append(spec.problem((*here, "match"), _explain_nothing(item, idle, len(hits), negative, space)))
-        found = int(total.sum())
+        found = len(total)
         if found and item.expect not in (None, found):
-            names = [space.names.names[index] for index in np.flatnonzero(total).tolist()]
             verb = "takes away" if negative else "selects"
             message = f'"{shown(item.match)}" {verb} {counted(found)}, expected {item.expect:,}'
-            problems.append(spec.problem((*here, "expect"), f"{message}: {enumerate_names(names, 3)}"))
-        mask = mask & ~total if negative else mask | total
-        decided[total] = position
-        names = [space.names.names[index] for index in np.flatnonzero(total).tolist()] if rows or _rows_of(item) else []
+            problems.append(
+                spec.problem((*here, "expect"), f"{message}: {enumerate_names(space.names.in_order(total), 3)}")
+            )
+        selected = selected - total if negative else selected | total
+        decided.update(dict.fromkeys(total, position))
+        names = space.names.in_order(total) if rows or _rows_of(item) else []
         for name in names:
             rows.pop(name, None)
         if (written := _rows_of(item)) is not None:
@@ -128,8 +126,8 @@ def select(spec: Spec, place: Place, items: Sequence[Item], space: Space) -> Sel
                 wrong = ["says which rows are frozen; without !, the rest of the tensor trains"]
             problems += [spec.problem((*here, "rows"), f'"{shown(written)}" {found}') for found in wrong[:3]]
             rows |= {name: found for name, found in ranges.items() if not isinstance(found, str)}
-        notes += _slips(spec.written(here), item, pattern, total, space)
-    return Selection(mask, decided, rows, problems, notes)
+        notes += _slips(spec.written(here), item, pattern, found, space)
+    return Selection(selected, decided, rows, problems, notes)
 
 
 def _rows_of(item: Item) -> str | None:
@@ -153,13 +151,8 @@ def _resolved_rows(written: str, name: str, info: TensorInfo) -> tuple[int, int]
     return start, stop
 
 
-def _filtered(hit: BoolArray, where: Where | None, space: Space) -> BoolArray:
-    if where is None:
-        return hit
-    kept = np.zeros_like(hit)
-    for index in np.flatnonzero(hit).tolist():
-        kept[index] = space.keeps(space.names.names[index], where)
-    return kept
+def _filtered(hit: list[str], where: Where | None, space: Space) -> list[str]:
+    return hit if where is None else [name for name in hit if space.keeps(name, where)]
 
 
 def _explain_nothing(
@@ -211,21 +204,19 @@ def _explain_alternative(
 
 
 def _first(names: Names, pattern: str) -> str | None:
-    hits = np.logical_or.reduce([hit for _, hit in names.match(pattern)])
-    found = np.flatnonzero(hits)
-    return names.names[found[0]] if found.size else None
+    hits = {name for _, hit in names.match(pattern) for name in hit}
+    return next(iter(names.in_order(hits)), None)
 
 
-def _slips(place: str, item: Item, pattern: str, total: BoolArray, space: Space) -> list[str]:
+def _slips(place: str, item: Item, pattern: str, found: int, space: Space) -> list[str]:
     """A single ``*`` at the start where ``**`` selects more: the commonest slip that is no error."""
     if not pattern.startswith(("*.", "*/")):
         return []
     deeper = f"**{pattern[1:]}"
     try:
-        hits = [_filtered(hit, item.where, space) for _, hit in space.names.match(deeper)]
+        more = len({name for _, hit in space.names.match(deeper) for name in _filtered(hit, item.where, space)})
     except PatternError:
         return []
-    more, found = int(np.logical_or.reduce(hits).sum()), int(total.sum())
     if more <= found:
         return []
     return [f'{place}: "{shown(item.match)}" selects {counted(found)}; "{shown(deeper)}" would select {more:,}']
@@ -245,8 +236,8 @@ def selected_names(
         SpecError: if a pattern cannot be read or selects nothing.
     """
     spec = Spec.from_text(Text("patterns", {"version": 1, "freeze": list(patterns)}))
-    space = Space(Names(list(tensors), from_metadata(metadata)), tensors)
+    space = Space(Names(tensors, from_metadata(metadata)), tensors)
     selection = select(spec, ("freeze",), spec.freeze or (), space)
     if selection.problems:
         raise SpecError("patterns", [replace(problem, path="") for problem in selection.problems])
-    return [name for name, selected in zip(tensors, selection.mask.tolist(), strict=True) if selected]
+    return [name for name in tensors if name in selection.names]

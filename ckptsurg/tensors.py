@@ -16,6 +16,7 @@ from .wording import shown
 
 __all__ = [
     "ALGORITHMS",
+    "BLOCK_ELEMENTS",
     "CHUNK_BYTES",
     "DTYPE_BITS",
     "FLOATS",
@@ -38,6 +39,9 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 #: How much of a tensor is in memory at a time, in bytes. A multiple of every element size,
 #: three-byte groups of F6 included, so that a chunk never ends inside an element.
 CHUNK_BYTES = 3 << 20
+
+#: How many elements are drawn at a time.
+BLOCK_ELEMENTS = 1 << 17
 
 #: How many dimensions a tensor may have.
 MAX_RANK = 64

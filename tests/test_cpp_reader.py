@@ -23,9 +23,9 @@ from safetensors.numpy import load_file, save_file
 from sklearn.datasets import load_digits
 
 import ckptsurg
-from ckptsurg.api import schema
 from ckptsurg.checkpoints import open_stored
 from ckptsurg.cli.commands import cli
+from ckptsurg.schemas import schema
 from ckptsurg.tensors import TensorInfo
 
 from . import strategies

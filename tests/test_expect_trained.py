@@ -313,7 +313,7 @@ def test_the_command_line_says_what_did_not_move(published):
 
 
 def test_json_has_the_names_only_if_it_was_asked(published):
-    from ckptsurg.api import schema
+    from ckptsurg.schemas import schema
 
     _verify(published)
     asked = json.loads(_run(published, "--expect-trained", "--json", code=1))

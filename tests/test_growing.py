@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ckptsurg
+from ckptsurg.schemas import schema
 from ckptsurg.tensors import CHUNK_BYTES, TensorInfo
 
 from .architectures import DTYPES, ResNet, digits, resnet18
@@ -278,7 +279,7 @@ def test_an_added_tensor_has_no_mean():
 def test_the_schema_has_mean_as_a_name():
     import jsonschema
 
-    validator = jsonschema.Draft202012Validator(ckptsurg.api.schema("spec"))
+    validator = jsonschema.Draft202012Validator(schema("spec"))
     rule = {"match": "w", "keep": True, "shape": {"0": 9}}
     assert validator.is_valid({"version": 1, "reinit": [{**rule, "init": "mean"}]})
     assert not validator.is_valid({"version": 1, "reinit": [{**rule, "init": {"mean": {"std": 1}}}]})

@@ -22,8 +22,9 @@ from scipy import special, stats
 
 from ckptsurg import random_bits
 from ckptsurg.initializer_arguments import Init, Initializer
-from ckptsurg.initializers import BLOCK, Drawing, Undrawable, rounded
+from ckptsurg.initializers import Drawing, Undrawable, rounded
 from ckptsurg.moments import MeanRow
+from ckptsurg.tensors import BLOCK_ELEMENTS as BLOCK
 from ckptsurg.tensors import CHUNK_BYTES, TensorInfo
 
 from .architectures import DTYPES

@@ -35,16 +35,16 @@ def models(draw: st.DrawFn, depth: int = 2) -> tuple[list[Layer], list[str]]:
 @given(models(), st.integers(-6, 5))
 def test_a_number_selects_the_tensors_of_that_layer_and_no_other(model, number):
     layers, names = model
-    [(_, mask)] = Names(names, layers).match(f"layers[{number}]")
-    assert {name for name, hit in zip(names, mask, strict=True) if hit} == set(layers[number].tensors)
+    [(_, selected)] = Names(names, layers).match(f"layers[{number}]")
+    assert sorted(selected) == sorted(layers[number].tensors)
 
 
 @given(models(), st.integers(-6, 6), st.integers(-6, 6))
 def test_a_slice_is_a_slice_of_a_python_list(model, start, stop):
     layers, names = model
-    [(_, mask)] = Names(names, layers).match(f"layers[{start}:{stop}]")
-    expected = {name for layer in layers[start:stop] for name in layer.tensors}
-    assert {name for name, hit in zip(names, mask, strict=True) if hit} == expected
+    [(_, selected)] = Names(names, layers).match(f"layers[{start}:{stop}]")
+    expected = [name for layer in layers[start:stop] for name in layer.tensors]
+    assert sorted(selected) == sorted(expected)
 
 
 @given(models())
@@ -63,8 +63,8 @@ def test_a_layer_called_layers_is_not_taken_for_the_order():
 
 def test_a_glob_never_means_the_order():
     layers = [Layer("lstm", ["lstm/kernel"]), Layer("head", ["head/kernel"])]
-    [(_, mask)] = Names(["lstm/kernel", "head/kernel"], layers).match("la*")
-    assert not mask.any()
+    [(_, selected)] = Names(["lstm/kernel", "head/kernel"], layers).match("la*")
+    assert not selected
 
 
 NESTED: object = {"name": "m", "tensors": ["a/b"]}

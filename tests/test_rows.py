@@ -152,7 +152,7 @@ def test_rows_of_what_is_not_frozen_are_refused(base, tmp_path):
 
 
 def test_documents_fit_their_schemas(base):
-    from ckptsurg.api import schema
+    from ckptsurg.schemas import schema
 
     documents = {
         "spec": _spec("[1:5]"),
