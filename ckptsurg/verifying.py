@@ -1,12 +1,11 @@
 """Manifest x tensors -> report: what is there, in which way it is not what it should be, why, and what else is odd.
 
-What selects names or looks into differences needs numpy, and is imported once there is a need.
+What looks into differences needs numpy, and is imported once there is one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from .baselines import Baseline
 from .counterparts import Counterparts
@@ -17,9 +16,6 @@ from .renaming import Renaming, common_prefix, renamed
 from .report import Difference, Report
 from .tensors import FLOATS, TensorSource
 from .wording import shown
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["check_root", "verify"]
 
