@@ -30,6 +30,9 @@ __all__ = ["Drawing", "Undrawable", "rounded"]
 
 #: Where blocks are drawn.
 _memory = Scratch((BLOCK_ELEMENTS,), np.complex128)
+# glibc keeps what is freed for later, up to twice the size of the largest block freed so far (mallopt(3)). One that is
+# large is freed here, so that temporary arrays are not fresh memory again and again: that costs more than drawing.
+np.empty(8 << 20, np.uint8)
 #: How many threads draw at a time: each takes some 8 MB for it.
 _at_a_time = BoundedSemaphore(8)
 
