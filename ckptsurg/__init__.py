@@ -14,6 +14,7 @@ Data flows one way; each module knows only those further down in its line or bel
       gathering, settling, causes    why one moved: the evidence, and what it settles
       comparing, traits, renaming    two versions of a tensor, and in which way they differ; two names of one
       writing, layout, publishing    who brings bytes to an output; where they go; how it becomes visible
+      targets, claiming              where an output may go; one run at a time
       making, describing             tensors that are drawn; the manifest's records
       reading, copying               bytes are read in threads; and written, or shared
       parallel, disk, metering       threads; what changes a disk; how far along

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ class Target:
     """
 
     def __init__(self, descriptor: int, length: int) -> None:
-        self._descriptor, self._missing = descriptor, length
+        self._descriptor, self._length, self._missing = descriptor, length, length
         self._is_open = True
         self._lock = Lock()
         self.amounts = Amounts()
@@ -99,6 +100,8 @@ class Target:
     def _finish(self) -> None:
         try:
             disk.flush(self._descriptor)
+            if (there := os.fstat(self._descriptor).st_size) != self._length:
+                raise OSError(errno.EIO, f"a file has {there:,} bytes, where {self._length:,} were written")
         finally:
             self.close()
 

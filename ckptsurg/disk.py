@@ -6,6 +6,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import shutil
 import struct
 import sys
 from collections.abc import Callable
@@ -18,18 +19,27 @@ from .tensors import Buffer
 __all__ = [
     "BLOCK_BYTES",
     "begin_writeback",
+    "claim",
     "clone_range",
     "create",
     "exchange",
     "flush",
     "flush_folder",
+    "link",
+    "make_folder",
     "move",
+    "remove",
+    "remove_all",
+    "remove_folder",
+    "replace",
     "write_all",
 ]
 
 #: What file systems share extents in units of, in bytes.
 BLOCK_BYTES = 4096
 
+#: How often in a row the system may take nothing.
+_MOST_IDLE = 8
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
@@ -43,11 +53,24 @@ def create(path: Path) -> int:
 
 
 def write_all(descriptor: int, content: Buffer, at: int) -> None:
-    """Write everything at an offset: the system may take less than it is given."""
-    view = memoryview(content)
-    while view:
+    """Write everything at an offset.
+
+    The system may take less than it is given. That is rare, and odd enough that what it says it took is given again.
+
+    Raises:
+        OSError: if it cannot, or takes nothing again and again.
+    """
+    parts = [(memoryview(content), at)]
+    idle = 0
+    while parts:
+        view, at = parts.pop()
         count = os.pwrite(descriptor, view, at)
-        view, at = view[count:], at + count
+        if count == len(view):
+            continue
+        idle = 0 if count else idle + 1
+        if idle > _MOST_IDLE:
+            raise OSError(errno.EIO, "the system takes no more bytes, and does not say why")
+        parts += [part for part in ((view[:count], at), (view[count:], at + count)) if part[0]]
 
 
 def begin_writeback(descriptor: int, offset: int, length: int) -> None:
@@ -75,6 +98,44 @@ def clone_range(source: int, offset: int, length: int, target: int, at: int) -> 
     return True
 
 
+def make_folder(path: Path, mode: int = 0o777) -> None:
+    """A new folder; its mode follows the umask."""
+    path.mkdir(mode)
+
+
+def link(source: Path, path: Path) -> None:
+    """Another name for a file."""
+    path.hardlink_to(source)
+
+
+def remove(path: Path) -> None:
+    """Remove a file's name."""
+    path.unlink()
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder that is empty."""
+    folder.rmdir()
+
+
+def remove_all(folder: Path) -> None:
+    """Remove a folder with all that is in it. What cannot be removed is left."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def claim(folder: int) -> bool:
+    """Lock a folder for as long as its descriptor is open (``flock(2)``); False if another process has it.
+
+    Raises:
+        OSError: if its file system has no locks.
+    """
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def flush(descriptor: int) -> None:
     """Have a file on disk."""
     os.fsync(descriptor)
@@ -95,10 +156,20 @@ def move(source: Path, target: Path) -> None:
     Raises:
         FileExistsError: if something does.
     """
-    if not _renameat2(source, target, _RENAME_NOREPLACE):
+    if _renameat2(source, target, _RENAME_NOREPLACE):
+        return
+    if source.is_dir():
         if os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
-        source.rename(target)
+        source.rename(target)  # never onto a folder that holds something
+    else:
+        link(source, target)  # never onto a file
+        remove(source)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename, in the place of a file that may exist."""
+    source.replace(target)
 
 
 def exchange(one: Path, other: Path) -> None:

@@ -1,143 +1,98 @@
-"""All that touches a disk's safety: staging, flushing to disk, publishing by rename.
+"""How an output becomes visible: staged beside its target, flushed to disk, renamed into place.
 
-An output is staged in a hidden folder beside its target, flushed, and renamed into place. Until then nothing of it
-is visible under its name; a run that fails takes its staging folder away.
+Until the rename nothing of an output is under its name, after it everything is. What a run that fails has staged, it
+takes away; what a run that is killed has staged, the next run to the same target does.
 """
 
 from __future__ import annotations
 
 import errno
-import json
+import logging
 import os
-import secrets
-import shutil
-import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from . import disk
-from .checkpoints import Checkpoint, StoredFile
+from .checkpoints import StoredFile
+from .claiming import claim_beside
 from .copying import Target
-from .errors import CheckpointError, SystemFailure, UsageError, system_failures
-from .manifest import is_file_output, manifest_path
+from .errors import CheckpointError, CkptsurgError, SystemFailure, UsageError, system_failures
+from .targets import refuse_manifest_target
 from .wording import shown
 
-__all__ = ["Staging", "publish_manifest", "refuse_target", "staged"]
+__all__ = ["Staging", "publish_manifest", "staged"]
 
-_OVERWRITE = "--overwrite (overwrite=True) replaces an earlier output"
-
-
-# --- Targets ----------------------------------------------------------------------------------------
-
-
-def refuse_target(out: Path, manifest: Path | None, base: Checkpoint, *, overwrite: bool) -> None:
-    """Refuse an output that exists, or that would touch the base.
-
-    Args:
-        out: The output: a file whose name ends in ``.safetensors``, or else a folder.
-        manifest: Where the manifest goes, if not to its own place.
-        base: The base.
-        overwrite: Whether an earlier output may be replaced.
-
-    Raises:
-        UsageError: if the output must not be written.
-    """
-    is_file = is_file_output(out)
-    # A stale manifest in its usual place would describe other weights, even if the new one goes elsewhere.
-    beside = [manifest_path(out)] if is_file else []
-    beside += [manifest] if manifest is not None else []
-    for target in (out, *beside):
-        _refuse_base(target, base)
-    if manifest is not None and _real(manifest).is_relative_to(_real(out)):
-        raise UsageError(
-            f"{shown(manifest)}: lies inside the output, which has its own freeze.json; choose another place"
-        )
-    if is_file and out.is_dir():
-        raise UsageError(f"{shown(out)}: is a folder; the name of an output that ends in .safetensors is a file's")
-    if not is_file and os.path.lexists(out):
-        _refuse_folder(out, shown(out), overwrite=overwrite)
-    if out.is_symlink():
-        raise UsageError(f"{shown(out)}: is a link; give the path that it leads to")
-    if is_file and os.path.lexists(out) and not overwrite:
-        raise UsageError(f"{shown(out)}: exists already", hint=_OVERWRITE)
-    for path in beside:
-        _refuse_file(path, overwrite=overwrite)
-
-
-def _refuse_base(target: Path, base: Checkpoint) -> None:
-    itself = f"{shown(target)}: is the base, or a link to it; an output never replaces its base"
-    hint = "if it is an earlier output that was linked to the base, remove it first"
-    if base.folder is not None and _real(target) == _real(base.folder):
-        raise UsageError(itself)
-    with suppress(OSError):
-        status = target.stat()
-        if any((status.st_dev, status.st_ino) == (file.status.st_dev, file.status.st_ino) for file in base.files):
-            raise UsageError(itself, hint=hint)
-    if base.folder is not None and _real(target).is_relative_to(_real(base.folder)):
-        raise UsageError(f"{shown(target)}: lies inside the base {base.label}; choose a place outside it")
-    if any(_real(base.path_of(file)).is_relative_to(_real(target)) for file in base.files):
-        raise UsageError(f"{shown(target)}: holds the base {base.label}; choose another place")
-
-
-def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))
-
-
-def _refuse_file(path: Path, *, overwrite: bool) -> None:
-    """Refuse a place for a manifest that is taken by anything but a manifest."""
-    if not os.path.lexists(path):
-        return
-    if not overwrite:
-        raise UsageError(f"{shown(path)}: exists already", hint=_OVERWRITE)
-    if not _is_manifest(path):
-        raise UsageError(f"{shown(path)}: is no manifest of ckptsurg and is not replaced; choose another place")
-
-
-def _refuse_folder(out: Path, label: str, *, overwrite: bool) -> None:
-    if not out.is_dir():
-        raise UsageError(f"{label}: is a file; an output whose name does not end in .safetensors is a folder")
-    if not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise UsageError(f"{label}: exists already and is not empty", hint=_OVERWRITE)
-    if not _is_manifest(manifest_path(out)):
-        raise UsageError(
-            f"{label}: holds no freeze.json of ckptsurg, so it is not an earlier output and is not replaced",
-            hint="remove the folder yourself if it may go",
-        )
-
-
-def _is_manifest(path: Path) -> bool:
-    try:
-        if not stat.S_ISREG(path.lstat().st_mode):
-            return False
-        return bool(json.loads(path.read_bytes())["tool"]["name"] == "ckptsurg")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
-
-
-# --- Staging ----------------------------------------------------------------------------------------
+_log = logging.getLogger("ckptsurg")
 
 
 class Staging:
-    """A hidden folder beside the target, in which the output is made.
+    """A hidden folder beside the target, in which the output is made, and which is this run's alone.
 
     Attributes:
-        folder: The folder.
-        published: Whether anything of it has its final name.
+        folder: The folder, inside one that is never published.
+
+    Args:
+        target: What will be published.
+        part_of: The staged output that it is published with.
+
+    Raises:
+        UsageError: if another run is at work on the same target.
+        SystemFailure: if the folder cannot be used without danger.
+        OSError: if the system fails.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.published = False
+    def __init__(self, target: Path, part_of: Staging | None = None) -> None:
+        self._claim = claim_beside(target)
+        self.folder = self._claim.folder / "output"
+        self._is_published, self._part_of = False, part_of
         self._targets: list[Target] = []
+        self._withdrawn: list[tuple[Path, Path]] = []
+        self._unflushed: Path | None = None
+        self._holds_old = False
+        try:
+            self._claim.sweep()
+            disk.make_folder(self.folder)
+        except BaseException:
+            self.remove()
+            raise
+
+    @property
+    def published(self) -> bool:
+        """Whether anything of it may have its final name, or of what it is a part of."""
+        return self._is_published or (self._part_of is not None and self._part_of.published)
 
     def remove(self) -> None:
-        """Take the folder away, with what is left in it."""
-        for target in self._targets:
-            target.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Take the folder away, with what is left in it; what was withdrawn comes back if nothing was published."""
+        try:
+            _to_the_end(self._clear)
+        finally:
+            self._claim.release()
+
+    def _clear(self) -> None:
+        for file in self._targets:
+            file.close()
+        for held, target in () if self.published else self._withdrawn:
+            with suppress(OSError):
+                disk.move(held, target)
+                disk.flush_folder(target.parent)
+        with suppress(OSError):
+            self._flush()
+        if self._holds_old:
+            _log.warning("%s: holds the earlier output, for the new one may not be on disk", shown(self.folder))
+        elif self._claim.is_held():
+            disk.remove_all(self._claim.folder)
+
+    def _flush(self) -> None:
+        """Have the name of what was published on disk. One that failed is not tried again: it might seem to work."""
+        if self._unflushed is None:
+            return
+        try:
+            disk.flush_folder(self._unflushed)
+        except OSError:
+            self._unflushed = None
+            raise
+        self._unflushed, self._holds_old = None, False
 
     def create(self, name: str, size: int) -> Target:
         """A new file of a size in bytes, on disk once it is whole; closed at the end if it never is."""
@@ -147,12 +102,16 @@ class Staging:
         return target
 
     def _place(self, name: str) -> Path:
-        """The path of a new file. Somebody may have taken the folder away: it is not made anew, with a part in it."""
+        """The path of a new file."""
+        self._refuse_if_removed()
         path = self.folder / name
-        if not self.folder.is_dir():
-            raise FileNotFoundError(errno.ENOENT, "its staging folder was removed", str(self.folder))
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folders(path.parent)
         return path
+
+    def _refuse_if_removed(self) -> None:
+        """Somebody may have taken the folder away: it is not made anew, with a part in it, nor is another's used."""
+        if not (self._claim.is_held() and self.folder.is_dir()):
+            raise FileNotFoundError(errno.ENOENT, "its staging folder was removed", str(self.folder))
 
     def write(self, name: str, content: bytes) -> None:
         """A new small file."""
@@ -174,7 +133,7 @@ class Staging:
         """Another name for a file of the base, on disk; or why there can be none."""
         path = self._place(name)
         try:
-            path.hardlink_to(os.path.realpath(source))  # of a symbolic link there would be another symbolic link
+            disk.link(Path(os.path.realpath(source)), path)  # of a symbolic link there would be another symbolic link
         except OSError as failure:
             return failure.strerror or str(failure)
         if not os.path.samestat(path.lstat(), file.status):
@@ -190,60 +149,77 @@ class Staging:
             return disk.clone_range(file.descriptor, 0, 0, descriptor, 0)
         finally:
             os.close(descriptor)
-            path.unlink()
+            disk.remove(path)
+
+    def withdraw(self, target: Path) -> None:
+        """Take away what would otherwise stand beside an output that it does not describe."""
+        held = self._claim.folder / f"withdrawn-{len(self._withdrawn)}"
+        self._withdrawn.append((held, target))
+        with suppress(FileNotFoundError):
+            disk.replace(target, held)
+            disk.flush_folder(target.parent)
 
     def publish_folder(self, out: Path, *, overwrite: bool) -> None:
         """Rename the staging folder to its target."""
+        self._refuse_if_removed()
         for place, _, _ in os.walk(self.folder):
             disk.flush_folder(Path(place))
-        if overwrite and out.is_dir() and any(out.iterdir()):
-            _exchange(self.folder, out)
-        else:
-            with suppress(OSError):
-                out.rmdir()  # an empty folder counts as absent; of any other the rename will tell
-            _move(self.folder, out)
-        self.published = True
-        disk.flush_folder(out.parent)
+        with self._publishing(out):
+            if overwrite and out.is_dir() and any(out.iterdir()):
+                self._holds_old = True
+                _exchange(self.folder, out)
+            else:
+                with suppress(OSError):
+                    disk.remove_folder(out)  # an empty folder counts as absent; of any other the rename will tell
+                _move(self.folder, out)
+        self._flush()
 
     def publish_file(self, name: str, target: Path, *, overwrite: bool) -> None:
         """Rename one staged file to its target."""
-        if overwrite:
-            (self.folder / name).replace(target)
-        else:
-            _move(self.folder / name, target)
-        self.published = True
-        disk.flush_folder(target.parent)
+        self._refuse_if_removed()
+        with self._publishing(target):
+            if overwrite:
+                disk.replace(self.folder / name, target)
+            else:
+                _move(self.folder / name, target)
+        self._flush()
 
-    @staticmethod
-    def withdraw(target: Path) -> None:
-        """Remove what would otherwise stand beside an output that it does not describe."""
-        with suppress(FileNotFoundError):
-            target.unlink()
-            disk.flush_folder(target.parent)
+    @contextmanager
+    def _publishing(self, target: Path) -> Iterator[None]:
+        """A rename that fails has published nothing; of one that is interrupted nobody knows."""
+        self._is_published, self._unflushed = True, target.parent
+        try:
+            yield
+        except (CkptsurgError, OSError):
+            self._is_published, self._holds_old = False, False
+            raise
 
 
 @contextmanager
-def staged(target: Path, size: int, spared: Callable[[Staging], int] | None = None) -> Iterator[Staging]:
+def staged(
+    target: Path, size: int, spared: Callable[[Staging], int] | None = None, part_of: Staging | None = None
+) -> Iterator[Staging]:
     """A staging folder beside a target, on the same file system; it is gone at the end, whatever happens.
 
     Args:
         target: What will be published.
         size: Of all of it, in bytes; refused at once where the file system says that it has less.
         spared: How many bytes of it will take no room, asked if there is too little.
+        part_of: The staged output that it is published with.
 
     Raises:
+        UsageError: if another run is at work on the target.
         SystemFailure: if the system fails, with nothing published.
     """
     label = shown(target)
     with system_failures(label, "nothing was published"):
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            _make_folders(target.parent)
         except (FileExistsError, NotADirectoryError):
             raise UsageError(f"{label}: a part of the path is a file, not a folder") from None
-        space = os.statvfs(target.parent)
-        staging = Staging(target.parent / f".{target.name[:40]}.ckptsurg-{secrets.token_hex(6)}")
-        staging.folder.mkdir()
+        staging = Staging(target, part_of)
     try:
+        space = os.statvfs(target.parent)
         if size > (available := space.f_bavail * space.f_frsize):
             size -= spared(staging) if spared is not None else 0
         if size > available:
@@ -260,13 +236,40 @@ def publish_manifest(content: bytes, path: Path, *, overwrite: bool) -> None:
     """Publish a manifest by itself.
 
     Raises:
-        UsageError: if the place is taken, and not to be overwritten or not by a manifest.
+        UsageError: if the place is taken, and not to be overwritten or not by a manifest; or another run is at work.
         SystemFailure: if the system fails.
     """
-    _refuse_file(path, overwrite=overwrite)
+    refuse_manifest_target(path, overwrite=overwrite)
     with staged(path, len(content)) as staging:
         staging.write(path.name, content)
         staging.publish_file(path.name, path, overwrite=overwrite)
+
+
+def _to_the_end(action: Callable[[], None]) -> None:
+    """Do what may be begun anew, whoever interrupts; the interruption is raised again afterwards."""
+    interruption: BaseException | None = None
+    while True:
+        try:
+            action()
+            break
+        except (KeyboardInterrupt, SystemExit) as raised:
+            interruption = raised
+    if interruption is not None:
+        raise interruption
+
+
+def _make_folders(folder: Path) -> None:
+    """Make a folder and those above it where they are missing; the names of those that are made are on disk."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for place in reversed(missing):
+        with suppress(FileExistsError):
+            disk.make_folder(place)
+        disk.flush_folder(place.parent)
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
 
 
 def _move(source: Path, target: Path) -> None:

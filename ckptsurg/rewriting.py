@@ -18,8 +18,9 @@ from .layout import Layout, lay_out
 from .manifest import MANIFEST_NAME, Manifest, SpecIdentity, TensorRecord, is_file_output, manifest_path
 from .metering import Meter, Progress
 from .plans import Plan
-from .publishing import Staging, refuse_target, staged
+from .publishing import Staging, staged
 from .spec import Spec
+from .targets import refuse_target
 from .tensors import refuse_unstorable
 from .wording import enumerate_names, shown
 from .writing import Writer
@@ -151,13 +152,12 @@ def _publish(staging: Staging, content: bytes, destination: Destination) -> None
     if target is None:
         _publish_weights(staging, destination)
         return
-    with staged(target, len(content)) as beside:
+    with staged(target, len(content), part_of=staging) as beside:
         beside.write(target.name, content)
         if is_file_output(out) and destination.overwrite:
             staging.withdraw(manifest_path(out))
-            staging.withdraw(target)
+            beside.withdraw(target)
         _publish_weights(staging, destination)
-        beside.published = True
         beside.publish_file(target.name, target, overwrite=destination.overwrite)
 
 

@@ -278,7 +278,7 @@ def test_signals_leave_nothing(tmp_path, number, code):
     heeded = [sys.executable, "-c", HEEDING, *command]
     process = subprocess.Popen(heeded, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 30
-    while not list(tmp_path.glob(".out.*/model.safetensors")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob(".out.*/output/model.safetensors")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(number)
     _, error = process.communicate(timeout=60)

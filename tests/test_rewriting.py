@@ -362,7 +362,7 @@ def test_a_staging_folder_that_is_taken_away_is_not_made_anew(sharded, tmp_path)
     """Else what was staged before would be missing from what is published."""
 
     def clean(done: int, total: int) -> None:
-        for path in tmp_path.glob(".out.ckptsurg-*"):
+        for path in tmp_path.glob(".out.ckptsurg"):
             shutil.rmtree(path)
 
     with pytest.raises(ckptsurg.SystemFailure, match="its staging folder was removed; nothing was published"):
@@ -394,14 +394,30 @@ def test_a_closed_checkpoint_is_refused_although_its_descriptor_is_another_files
                 use()
 
 
-def test_two_runs_on_one_output(single, tmp_path):
+def test_an_output_that_appears_meanwhile_is_not_replaced(single, tmp_path):
+    ckptsurg.rewrite(SPEC, single, tmp_path / "other")
+
     def meanwhile(done: int, total: int) -> None:
         if not (tmp_path / "out").exists():
-            ckptsurg.rewrite(SPEC, single, tmp_path / "out")
+            shutil.copytree(tmp_path / "other", tmp_path / "out")
 
     with pytest.raises(ckptsurg.UsageError, match="appeared while the output was made"):
         ckptsurg.rewrite(PLAIN, single, tmp_path / "out", progress=meanwhile)
     assert ckptsurg.verify(tmp_path / "out", tmp_path / "out").verified == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base.safetensors", "other", "out"]
+
+
+def test_two_runs_on_one_output(single, tmp_path):
+    """The one that comes second is refused at once; the first goes on."""
+    refused = []
+
+    def meanwhile(done: int, total: int) -> None:
+        with pytest.raises(ckptsurg.UsageError, match="another run is at work on this output") as caught:
+            ckptsurg.rewrite(SPEC, single, tmp_path / "out")
+        refused.append(caught.value)
+
+    ckptsurg.rewrite(PLAIN, single, tmp_path / "out", progress=meanwhile)
+    assert refused and ckptsurg.verify(tmp_path / "out", tmp_path / "out").ok
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base.safetensors", "out"]
 
 

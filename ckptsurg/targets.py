@@ -1,0 +1,108 @@
+"""Where an output may go: never onto something else than an earlier output, nor onto its base."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+from .checkpoints import Checkpoint
+from .errors import UsageError
+from .manifest import is_file_output, manifest_path
+from .wording import shown
+
+__all__ = ["refuse_manifest_target", "refuse_target"]
+
+_OVERWRITE = "--overwrite (overwrite=True) replaces an earlier output"
+
+
+def refuse_target(out: Path, manifest: Path | None, base: Checkpoint, *, overwrite: bool) -> None:
+    """Refuse an output that exists, or that would touch the base.
+
+    Args:
+        out: The output: a file whose name ends in ``.safetensors``, or else a folder.
+        manifest: Where the manifest goes, if not to its own place.
+        base: The base.
+        overwrite: Whether an earlier output may be replaced.
+
+    Raises:
+        UsageError: if the output must not be written.
+    """
+    is_file = is_file_output(out)
+    # A stale manifest in its usual place would describe other weights, even if the new one goes elsewhere.
+    beside = [manifest_path(out)] if is_file else []
+    beside += [manifest] if manifest is not None else []
+    for target in (out, *beside):
+        _refuse_base(target, base)
+    if manifest is not None and _real(manifest).is_relative_to(_real(out)):
+        raise UsageError(
+            f"{shown(manifest)}: lies inside the output, which has its own freeze.json; choose another place"
+        )
+    if is_file and out.is_dir():
+        raise UsageError(f"{shown(out)}: is a folder; the name of an output that ends in .safetensors is a file's")
+    if not is_file and os.path.lexists(out):
+        _refuse_folder(out, shown(out), overwrite=overwrite)
+    if out.is_symlink():
+        raise UsageError(f"{shown(out)}: is a link; give the path that it leads to")
+    if is_file and os.path.lexists(out) and not overwrite:
+        raise UsageError(f"{shown(out)}: exists already", hint=_OVERWRITE)
+    for path in beside:
+        refuse_manifest_target(path, overwrite=overwrite)
+
+
+def refuse_manifest_target(path: Path, *, overwrite: bool) -> None:
+    """Refuse a place for a manifest that is taken.
+
+    Raises:
+        UsageError: if it is, and not to be overwritten or not by a manifest.
+    """
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
+        raise UsageError(f"{shown(path)}: exists already", hint=_OVERWRITE)
+    if not _is_manifest(path):
+        raise UsageError(f"{shown(path)}: is no manifest of ckptsurg and is not replaced; choose another place")
+
+
+def _refuse_base(target: Path, base: Checkpoint) -> None:
+    itself = f"{shown(target)}: is the base, or a link to it; an output never replaces its base"
+    hint = "if it is an earlier output that was linked to the base, remove it first"
+    if base.folder is not None and _real(target) == _real(base.folder):
+        raise UsageError(itself)
+    with suppress(OSError):
+        status = target.stat()
+        if any((status.st_dev, status.st_ino) == (file.status.st_dev, file.status.st_ino) for file in base.files):
+            raise UsageError(itself, hint=hint)
+    if base.folder is not None and _real(target).is_relative_to(_real(base.folder)):
+        raise UsageError(f"{shown(target)}: lies inside the base {base.label}; choose a place outside it")
+    if any(_real(base.path_of(file)).is_relative_to(_real(target)) for file in base.files):
+        raise UsageError(f"{shown(target)}: holds the base {base.label}; choose another place")
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))
+
+
+def _refuse_folder(out: Path, label: str, *, overwrite: bool) -> None:
+    if not out.is_dir():
+        raise UsageError(f"{label}: is a file; an output whose name does not end in .safetensors is a folder")
+    if not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise UsageError(f"{label}: exists already and is not empty", hint=_OVERWRITE)
+    if not _is_manifest(manifest_path(out)):
+        raise UsageError(
+            f"{label}: holds no freeze.json of ckptsurg, so it is not an earlier output and is not replaced",
+            hint="remove the folder yourself if it may go",
+        )
+
+
+def _is_manifest(path: Path) -> bool:
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return False
+        return bool(json.loads(path.read_bytes())["tool"]["name"] == "ckptsurg")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False

@@ -1,0 +1,232 @@
+"""Disks that are full or cannot be written to, limits of a process, runs that meet, and files that change meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import ckptsurg
+from ckptsurg.claiming import claim_beside
+
+from .scenes import REWRITE, SCENES, Scene, contents, make, run
+
+MIB = 1 << 20
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A file system in memory."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture(scope="module", params=["file-overwritten", "folder-overwritten"])
+def overwriting(request, tmp_path_factory) -> Scene:
+    return make(tmp_path_factory.mktemp("scene"), **SCENES[request.param])
+
+
+@pytest.fixture
+def large(tmp_path) -> Path:
+    """A base of 2 MiB, and a spec that copies it."""
+    (tmp_path / "large" / "base").mkdir(parents=True)
+    save_file({"a": torch.ones(MIB // 2), "b": torch.ones(3)}, tmp_path / "large" / "base" / "model.safetensors")
+    (tmp_path / "large" / "spec.json").write_text('{"version": 1, "freeze": "**"}')
+    return tmp_path / "large"
+
+
+# --- Disks ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["out", "out.safetensors"])
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(large, tmp_path, name):
+    with mounted(tmp_path / "small", "size=1m") as small:
+        done = run((*REWRITE, "-o", small / name), large)
+        assert done.returncode == 4 and "bytes, but the file system has 1,0" in done.stderr
+        assert list(small.iterdir()) == []
+
+
+@pytest.mark.parametrize("inodes", range(2, 9))
+def test_a_disk_that_fills_up_meanwhile(overwriting, tmp_path, inodes):
+    """Of inodes there are only so many: at each of them in turn it is full."""
+    with mounted(tmp_path / "few", "size=8m") as few:
+        folder = overwriting.copied_to(few / "here")
+        taken = sum(1 for _ in few.rglob("*")) + 1
+        subprocess.run(["mount", "-o", f"remount,nr_inodes={taken + inodes}", few], check=True)
+        done = run(overwriting.command, folder)
+        assert (done.returncode == 4 and "No space left on device" in done.stderr) or done.returncode == 0
+        assert overwriting.problems(contents(folder), done.returncode) == []
+        assert overwriting.staged(folder) == []
+        subprocess.run(["mount", "-o", "remount,nr_inodes=1000", few], check=True)
+        assert overwriting.retried(folder) == []
+
+
+def test_a_disk_that_cannot_be_written_to(overwriting, tmp_path):
+    with mounted(tmp_path / "fixed", "size=8m") as fixed:
+        folder = overwriting.copied_to(fixed / "here")
+        subprocess.run(["mount", "-o", "remount,ro", fixed], check=True)
+        done = run(overwriting.command, folder)
+        assert done.returncode == 4 and "Read-only file system" in done.stderr
+        assert contents(folder) == contents(overwriting.before)
+
+
+def test_a_folder_that_is_not_ours_to_write_in(overwriting, tmp_path):
+    folder = overwriting.copied_to(tmp_path / "here")
+    folder.chmod(0o555)
+    heeding = ("setpriv", "--bounding-set=-dac_override") if os.geteuid() == 0 else ()  # what lets root write anywhere
+    done = run((*heeding, *overwriting.command), folder)
+    assert done.returncode == 4 and "Permission denied" in done.stderr and "nothing was published" in done.stderr
+    assert contents(folder) == contents(overwriting.before)
+
+
+def test_a_limit_on_the_size_of_files(overwriting, tmp_path):
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+    folder = overwriting.copied_to(tmp_path / "here")
+    done = run(overwriting.command, folder, preexec_fn=limited)
+    assert done.returncode == 4 and "File too large" in done.stderr
+    assert overwriting.problems(contents(folder), 4) == overwriting.staged(folder) == []
+    assert overwriting.retried(folder) == []
+
+
+def test_a_quarter_of_the_checkpoint_is_memory_enough(tmp_path):
+    size = 2 << 30
+    header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    (tmp_path / "base").mkdir()
+    with (tmp_path / "base" / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    (tmp_path / "spec.json").write_text('{"version": 1, "freeze": "**"}')
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (size // 4, size // 4))
+
+    command = [sys.executable, "-m", "ckptsurg", "manifest", "spec.json", "base", "-o", "all.json", "--jobs", "4"]
+    assert run(command, tmp_path, preexec_fn=limited).returncode == 0
+    command = [sys.executable, "-m", "ckptsurg", "rewrite", "spec.json", "base", "-o", "out", "--jobs", "4"]
+    done = run(command, tmp_path, preexec_fn=limited)
+    assert done.returncode == 0, done.stderr
+    assert ckptsurg.verify(tmp_path / "all.json", tmp_path / "out").ok
+    shutil.rmtree(tmp_path / "out")
+
+
+# --- Modes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o027])
+@pytest.mark.parametrize("name", ["out", "out.safetensors"])
+def test_modes_follow_the_umask(large, name, umask):
+    done = run((*REWRITE, "-o", name), large, umask=umask)
+    assert done.returncode == 0
+    made = [path for path in large.rglob("*") if "base" not in path.parts and path.name != "spec.json"]
+    for path in made:
+        expected = (0o777 if path.is_dir() else 0o666) & ~umask
+        assert stat.S_IMODE(path.stat().st_mode) == expected, path
+    assert made
+
+
+# --- Two at once ------------------------------------------------------------------------------------
+
+
+def test_a_second_run_to_one_output_is_refused(overwriting, tmp_path):
+    folder = overwriting.copied_to(tmp_path / "here")
+    claim = claim_beside(folder / overwriting.out)
+    done = run(overwriting.command, folder)
+    assert done.returncode == 2
+    assert f"{overwriting.out}: another run is at work on this output" in done.stderr
+    assert "wait until it has ended" in done.stderr
+    claim.release()
+    assert contents(folder) == contents(overwriting.before)
+    assert overwriting.retried(folder) == []
+
+
+def test_of_runs_that_begin_together_none_spoils_another(overwriting, tmp_path):
+    folder = overwriting.copied_to(tmp_path / "here")
+    runs = [subprocess.Popen(overwriting.command, cwd=folder, stderr=subprocess.PIPE, text=True) for _ in range(6)]
+    ends = [(one.communicate()[1], one.returncode) for one in runs]
+    assert any(code == 0 for _, code in ends)
+    for said, code in ends:
+        assert code == 0 or (code == 2 and "another run is at work" in said), said
+    assert overwriting.problems(contents(folder), 0) == overwriting.staged(folder) == []
+
+
+def test_a_killed_run_is_swept_up(overwriting, tmp_path, caplog):
+    folder = overwriting.copied_to(tmp_path / "here")
+    claim = claim_beside(folder / overwriting.out)
+    (claim.folder / "output").mkdir()
+    (claim.folder / "output" / "half").write_bytes(b"half")
+    (claim.folder / "link").symlink_to(folder / "base")
+    claim.release()  # as the system does for whoever is killed
+    done = run(overwriting.command, folder)
+    assert done.returncode == 0 and "removed 2 files that a stopped run left" in done.stderr
+    assert overwriting.problems(contents(folder), 0) == overwriting.staged(folder) == []
+
+
+def test_a_staging_folder_of_another_user_is_not_used(overwriting, tmp_path):
+    folder = overwriting.copied_to(tmp_path / "here")
+    theirs = folder / f".{overwriting.out}.ckptsurg"
+    theirs.mkdir()
+    os.chown(theirs, 65534, 65534)
+    done = run(overwriting.command, folder)
+    assert done.returncode == 4 and "is another user's, who could change what is in it" in done.stderr
+    assert theirs.is_dir()
+
+
+# --- The base ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("deed", "said"),
+    [
+        ("truncate --size=100 {}", "was cut short while it was read|was changed while it was read"),
+        ("printf x | dd of={} bs=1 seek=900 conv=notrunc status=none", "was changed while it was read"),
+        # What is held open is read to the end.
+        ("cp {0} copy && mv copy {0}", None),
+        ("mv {0} moved && ln -s /etc/hostname {0}", None),
+    ],
+)
+def test_a_base_that_changes_while_it_is_read(overwriting, tmp_path, deed, said):
+    """By another process, while the run waits for the disk to have its first file."""
+    folder = overwriting.copied_to(tmp_path / "here")
+    file = sorted((folder / "base").glob("*.safetensors"))[-1]
+    waiting = (
+        "strace",
+        "-f",
+        "-qq",
+        "-o",
+        "/dev/null",
+        "-e",
+        "trace=fsync",
+        "-e",
+        "inject=fsync:delay_enter=1s:when=1",
+    )
+    process = subprocess.Popen((*waiting, *overwriting.command), cwd=folder, stderr=subprocess.PIPE, text=True)
+    staged = folder / f".{overwriting.out}.ckptsurg" / "output"
+    while not any(staged.glob("*.safetensors")):
+        assert process.poll() is None
+    subprocess.run(deed.format(file), shell=True, cwd=folder, check=True)
+    error = process.communicate()[1]
+    found = {name: data for name, data in contents(folder).items() if name.startswith("out")}
+    if said is None:
+        assert process.returncode == 0 and found == overwriting.new, error
+    else:
+        assert process.returncode == 3 and re.search(said, error), error
+        assert found == overwriting.old
+    assert overwriting.staged(folder) == []
