@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine with Python 3.11 and make:
 #   make demo   runs the main job      make test   passes the tests
-# A third measures, for as long as the machine is left alone (about an hour, 25 GB of disk, 24 GB of memory):
+# Of the tests, make faults runs those that stop, starve and deceive a rewrite, and counts.
+# Another command measures, for as long as the machine is left alone (about an hour, 25 GB of disk, 24 GB of memory):
 #   make bench  ckptsurg, its peers and `cp`, in turns, on this file system and, as root, on an XFS image; the peers
 #               have an environment of their own, and the table goes into the README, chart and runs into docs/.
 #               For less: make bench BENCH="--sizes 0.25 --rounds 3 --where ext4 --docs /tmp --readme /tmp/README.md"
@@ -12,7 +13,7 @@ WORKERS ?= auto
 BENCH ?=
 BENCH_VENV := build/bench-venv
 
-.PHONY: demo test test-core test-keras lint format bench clean
+.PHONY: demo test test-core test-keras faults lint format bench clean
 
 demo: $(VENV)/.installed
 	rm -rf build/demo
@@ -27,6 +28,11 @@ test-core: $(VENV)/.installed
 test-keras: $(VENV)/.installed
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -n $(WORKERS) --no-skips tests/keras
 	KERAS_BACKEND=torch $(BIN)/python -m pytest -n $(WORKERS) --no-skips tests/keras
+
+# A part of test-core, and how many points it went through. As root: file systems are mounted.
+faults: $(VENV)/.installed
+	$(BIN)/python -m pytest -n $(WORKERS) --no-skips --junitxml build/faults.xml tests/faults
+	$(BIN)/python -m tests.faults.figures build/faults.xml
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from threading import Condition, Lock, Thread
 from typing import Protocol, TypeAlias
 
+from .errors import uninterrupted
 from .metering import Meter
 from .tensors import Buffer
 
@@ -103,15 +104,13 @@ def _start(threads: Iterable[Thread]) -> int:
 
 def _wait(threads: Iterable[Thread]) -> None:
     """Wait for threads that soon end, whoever interrupts: they use what is closed after them."""
-    interruption: BaseException | None = None
-    for thread in threads:
-        while thread.is_alive():
-            try:
+
+    def join() -> None:
+        for thread in threads:
+            if thread.is_alive():
                 thread.join()
-            except BaseException as raised:  # it is raised again
-                interruption = raised
-    if interruption is not None:
-        raise interruption
+
+    uninterrupted(join)
 
 
 class _Strand:

@@ -17,7 +17,7 @@ from . import disk
 from .checkpoints import StoredFile
 from .claiming import claim_beside
 from .copying import Target
-from .errors import CheckpointError, CkptsurgError, SystemFailure, UsageError, system_failures
+from .errors import CheckpointError, CkptsurgError, SystemFailure, UsageError, system_failures, uninterrupted
 from .targets import refuse_manifest_target
 from .wording import shown
 
@@ -65,7 +65,7 @@ class Staging:
     def remove(self) -> None:
         """Take the folder away, with what is left in it; what was withdrawn comes back if nothing was published."""
         try:
-            _to_the_end(self._clear)
+            uninterrupted(self._clear)
         finally:
             self._claim.release()
 
@@ -243,19 +243,6 @@ def publish_manifest(content: bytes, path: Path, *, overwrite: bool) -> None:
     with staged(path, len(content)) as staging:
         staging.write(path.name, content)
         staging.publish_file(path.name, path, overwrite=overwrite)
-
-
-def _to_the_end(action: Callable[[], None]) -> None:
-    """Do what may be begun anew, whoever interrupts; the interruption is raised again afterwards."""
-    interruption: BaseException | None = None
-    while True:
-        try:
-            action()
-            break
-        except (KeyboardInterrupt, SystemExit) as raised:
-            interruption = raised
-    if interruption is not None:
-        raise interruption
 
 
 def _make_folders(folder: Path) -> None:
