@@ -287,15 +287,15 @@ def merged_metadata(files: Sequence[StoredFile]) -> tuple[Mapping[str, str] | No
     return (merged if any(file.metadata is not None for file in files) else None), clashes
 
 
-def read_small(path: Path, limit: int) -> bytes:
-    """The bytes of an index or configuration.
+def read_small(path: Path, limit: int, flags: int = 0) -> bytes:
+    """The bytes of an index or configuration; ``flags`` as for ``open_regular``.
 
     Raises:
         UsageError: if there is no such file.
         CheckpointError: if it is no file, or larger than ``limit`` bytes.
         SystemFailure: if it cannot be read.
     """
-    descriptor, _ = open_regular(path)
+    descriptor, _ = open_regular(path, flags)
     with system_failures(shown(path)), os.fdopen(descriptor, "rb") as file:
         raw = file.read(limit + 1)
     if len(raw) > limit:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from . import disk
-from .checkpoints import StoredFile
+from .checkpoints import StoredFile, open_regular
 from .claiming import claim_beside
 from .copying import Target
 from .errors import CheckpointError, CkptsurgError, SystemFailure, UsageError, system_failures, uninterrupted
@@ -119,8 +119,12 @@ class Staging:
 
     def copy(self, name: str, source: Path) -> None:
         """A copy of a small file of the base."""
-        with source.open("rb") as file:
-            size, position = os.fstat(file.fileno()).st_size, 0
+        try:
+            descriptor, status = open_regular(source, os.O_NOFOLLOW)
+        except UsageError:
+            raise CheckpointError(f"{shown(source)}: was removed meanwhile; nothing was published") from None
+        with open(descriptor, "rb") as file:  # noqa: PTH123 - of a descriptor
+            size, position = status.st_size, 0
             target = self.create(name, size)
             while position < size and (chunk := file.read(min(1 << 20, size - position))):
                 target.write(chunk, position)

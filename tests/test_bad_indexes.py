@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import ckptsurg
+from ckptsurg.formats import indexes
 
 INDEX = "model.safetensors.index.json"
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -293,6 +294,21 @@ def test_a_shard_that_is_a_link_to_no_file_is_refused(tmp_path: Path, target: st
     (tmp_path / ONE).unlink()
     (tmp_path / ONE).symlink_to(target)
     assert ONE in refusal(tmp_path)
+
+
+def test_a_shard_that_becomes_a_link_once_it_was_checked_is_not_followed(tmp_path: Path, monkeypatch: Any) -> None:
+    folder = sharded(tmp_path / "model")
+    save(tmp_path / "elsewhere.safetensors", "a")
+    allow_descriptors = indexes.allow_descriptors
+
+    def meanwhile(count: int) -> None:  # called after all shards were checked, and before any is opened
+        (folder / ONE).unlink()
+        (folder / ONE).symlink_to(tmp_path / "elsewhere.safetensors")
+        allow_descriptors(count)
+
+    monkeypatch.setattr(indexes, "allow_descriptors", meanwhile)
+    with pytest.raises(ckptsurg.SystemFailure, match=f"{ONE}: cannot be opened: Too many levels of symbolic links"):
+        ckptsurg.open_checkpoint(folder)
 
 
 # --- The cache of Hugging Face ----------------------------------------------------------------------

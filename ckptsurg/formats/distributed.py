@@ -14,7 +14,7 @@ from ..tensors import DTYPE_BITS, TensorInfo
 from ..wording import shown
 from .distributed_metadata import malformed, read_metadata
 from .endings import DISTRIBUTED_METADATA, PART_OF_DISTRIBUTED
-from .indexes import allow_descriptors, refuse_outside, refuse_unsafe
+from .indexes import allow_descriptors, contained, refuse_unsafe
 from .saved_by_torch import AGAIN, UnchangedFiles, find_state_dict, reading
 
 if TYPE_CHECKING:
@@ -56,11 +56,11 @@ def open_distributed(path: Path) -> Checkpoint:
         files: dict[str, StoredFile] = {}
         allow_descriptors(len(inside) + 1)
         for one in (DISTRIBUTED_METADATA, *inside):
-            refuse_outside(path / one, path, missing=f"{label}: the file {shown(one)} is missing")
+            real = contained(path / one, path, missing=f"{label}: the file {shown(one)} is missing")
             held = (
                 infos if one == DISTRIBUTED_METADATA else {name: infos[name] for name in infos if one in places[name]}
             )
-            files[one] = open_stored((path / one).resolve(), one, held)
+            files[one] = open_stored(real, one, held)
             stack.callback(files[one].close)
         _refuse_cut_short(metadata, files, label)
         keys = {name: entry.key for name, entry in found.tensors.items()}

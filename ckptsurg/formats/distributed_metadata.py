@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import is_dataclass
@@ -14,7 +15,7 @@ from ..errors import CheckpointError, UsageError
 from ..frameworks.importing import import_torch
 from ..wording import shown
 from .endings import DISTRIBUTED_METADATA
-from .indexes import refuse_outside
+from .indexes import contained
 from .pickles import CarefulUnpickler
 from .saved_by_torch import AGAIN, reading
 
@@ -44,8 +45,7 @@ def read_metadata(folder: Path, label: str) -> Metadata:
         message = f"{label}: PyTorch {torch.__version__} keeps its metadata in another way: {shown(error)}"
         raise UsageError(message, hint="convert it with the PyTorch that wrote it") from None
     path = folder / DISTRIBUTED_METADATA
-    refuse_outside(path, folder)
-    descriptor, _ = open_regular(path.resolve())
+    descriptor, _ = open_regular(contained(path, folder), os.O_NOFOLLOW)
     label = shown(path)
     with open(descriptor, "rb") as file, reading(label):  # noqa: PTH123 - of a descriptor
         try:

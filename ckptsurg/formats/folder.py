@@ -14,7 +14,7 @@ from ..manifest import MANIFEST_NAME
 from ..tensors import TensorInfo
 from ..wording import enumerate_names, shown
 from . import endings
-from .indexes import read_index, refuse_both, refuse_outside
+from .indexes import contained, read_index, refuse_both
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "companions", "holds_safetensors", "open_folder", "open_index"]
 
@@ -46,8 +46,7 @@ def open_folder(path: Path) -> Checkpoint:
             "pytorch_model.bin or its index, or a distributed checkpoint",
             hint=f"give the path of the file: {enumerate_names(others)}" if others else None,
         )
-    refuse_outside(single, path)
-    opened = open_file(single.resolve(), SINGLE_NAME, os.O_NOFOLLOW)
+    opened = open_file(contained(single, path), SINGLE_NAME, os.O_NOFOLLOW)
     return Checkpoint(path, [opened.file], opened.tensors, opened.extents, folder=path)
 
 
@@ -67,8 +66,8 @@ def open_index(path: Path) -> Checkpoint:
     extents: dict[str, Extent] = {}
     homes: dict[str, str] = {}
     try:
-        for name in index.names:
-            opened = open_file((folder / name).resolve(), name, os.O_NOFOLLOW)
+        for name, shard in index.paths.items():
+            opened = open_file(shard, name, os.O_NOFOLLOW)
             files.append(opened.file)
             index.refuse_disagreement(name, opened.tensors, homes)
             tensors.update(opened.tensors)
@@ -106,7 +105,7 @@ def companions(checkpoint: Checkpoint, *, keep_other_weights: bool = False) -> d
         keep_other_weights: Whether other files of weights come along.
 
     Returns:
-        Paths by name inside the folder.
+        Where they are, with no link left in the path, by name inside the folder.
 
     Raises:
         CheckpointError: if a file is none, or a link that leaves the folder.
@@ -127,10 +126,10 @@ def companions(checkpoint: Checkpoint, *, keep_other_weights: bool = False) -> d
         elif f"/{name}".endswith(_OTHER_WEIGHTS) and not keep_other_weights:
             weights.append(name)
         else:
-            refuse_outside(path, checkpoint.folder)
-            if not path.is_file():
+            real = contained(path, checkpoint.folder)
+            if not real.is_file():
                 raise CheckpointError(f"{shown(path)}: is no regular file and cannot come along", hint="move it away")
-            taken[name] = path
+            taken[name] = real
     for what, names in (("other weights, not brought along", weights), ("not brought along", others)):
         if names:
             _log.warning("%s: %s", what, ", ".join(map(shown, names)))

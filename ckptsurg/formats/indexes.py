@@ -16,7 +16,7 @@ from ..parsing import parse_json
 from ..tensors import TensorInfo
 from ..wording import shown
 
-__all__ = ["ShardIndex", "allow_descriptors", "read_index", "refuse_both", "refuse_outside", "refuse_unsafe"]
+__all__ = ["ShardIndex", "allow_descriptors", "contained", "read_index", "refuse_both", "refuse_unsafe"]
 
 MAX_INDEX_BYTES = 100_000_000
 
@@ -29,13 +29,13 @@ class ShardIndex:
         label: How messages call it.
         metadata: Its ``metadata`` object.
         weight_map: Name of the shard by tensor.
-        names: The shards' names, in order.
+        paths: Where each shard is, by its name, in order; no link is left in them.
     """
 
     label: str
     metadata: Mapping[str, Any]
     weight_map: Mapping[str, str]
-    names: tuple[str, ...]
+    paths: Mapping[str, Path]
 
     def refuse_disagreement(self, name: str, tensors: Iterable[str], homes: Mapping[str, str]) -> None:
         """Raise CheckpointError if a shard holds what the index does not say.
@@ -80,23 +80,20 @@ def read_index(path: Path, ending: str) -> ShardIndex:
         UsageError: if there is no such index.
     """
     folder, label = path.parent, shown(path)
-    refuse_outside(path, folder)
-    metadata, weight_map = _parse(path)
-    names = sorted(set(weight_map.values()))
-    for name in names:
+    metadata, weight_map = _parse(contained(path, folder), label)
+    paths = {}
+    for name in sorted(set(weight_map.values())):
         refuse_unsafe(name, label, ending)
-        refuse_outside(folder / name, folder, missing=f'{label}: the shard "{shown(name)}" is missing')
-    allow_descriptors(len(names))
-    return ShardIndex(label, metadata, weight_map, tuple(names))
+        paths[name] = contained(folder / name, folder, missing=f'{label}: the shard "{shown(name)}" is missing')
+    allow_descriptors(len(paths))
+    return ShardIndex(label, metadata, weight_map, paths)
 
 
-def _parse(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
-    label = shown(path)
-
+def _parse(path: Path, label: str) -> tuple[Mapping[str, Any], Mapping[str, str]]:
     def refuse(message: str) -> NoReturn:
         raise CheckpointError(f"{label}: {message}")
 
-    raw = read_small(path, MAX_INDEX_BYTES)
+    raw = read_small(path, MAX_INDEX_BYTES, os.O_NOFOLLOW)
     try:
         index = parse_json(raw.decode("utf-8"))
     except UnicodeDecodeError as failure:
@@ -147,13 +144,18 @@ def refuse_unsafe(name: str, label: str, ending: str) -> None:
         raise CheckpointError(f'{label}: the shard name "{shown(name)}" {reason}')
 
 
-def refuse_outside(path: Path, folder: Path, missing: str | None = None) -> None:
-    """A link may stay in the folder, or lead from a Hugging Face cache's snapshots/ to its blobs/.
+def contained(path: Path, folder: Path, missing: str | None = None) -> Path:
+    """Where a file of a folder is. Links may stay in it, or lead from a Hugging Face cache's snapshots/ to its blobs/.
+
+    What is returned was checked, so it is what is to be opened: no link is followed again.
 
     Args:
         path: Of a file of the folder.
         folder: The folder.
         missing: What to say where there is no such file.
+
+    Returns:
+        The path with no link left in it.
 
     Raises:
         CheckpointError: if it leads elsewhere, or is missing and that is to be said.
@@ -175,6 +177,7 @@ def refuse_outside(path: Path, folder: Path, missing: str | None = None) -> None
             f"{shown(path)}: is a link that leaves the folder, to {shown(real)}",
             hint="put the file itself in its place",
         )
+    return real
 
 
 def allow_descriptors(count: int) -> None:

@@ -17,7 +17,7 @@ from ..errors import CheckpointError
 from ..frameworks.importing import import_torch
 from ..wording import enumerate_names, shown
 from .expanding import refuse_expanding
-from .indexes import read_index, refuse_both, refuse_outside
+from .indexes import contained, read_index, refuse_both
 from .pickles import storages_in
 from .saved_by_torch import AGAIN, UnchangedFiles, find_state_dict, reading
 
@@ -46,10 +46,9 @@ def open_archive(path: Path, folder: Path | None = None) -> Checkpoint:
         CheckpointError: if it holds anything that torch refuses, or no state dict.
         SystemFailure: if the system cannot read it.
     """
-    if folder is not None:
-        refuse_outside(path, folder)
+    real = path.resolve() if folder is None else contained(path, folder)
     with ExitStack() as stack:
-        archive = _open(path, path.name, stack)
+        archive = _open(real, path.name, shown(path), stack)
         source = _source({path.name: archive}, shown(folder or path))
         opened = Checkpoint(
             folder or path,
@@ -97,8 +96,8 @@ def open_archive_index(path: Path) -> Checkpoint:
     homes: dict[str, str] = {}
     archives: dict[str, _Archive] = {}
     with ExitStack() as stack:
-        for name in index.names:
-            archives[name] = _open(folder / name, name, stack)
+        for name, shard in index.paths.items():
+            archives[name] = _open(shard, name, shown(folder / name), stack)
             index.refuse_disagreement(name, archives[name].tensors, homes)
             homes.update(dict.fromkeys(archives[name].tensors, name))
         index.refuse_lacking(homes)
@@ -145,9 +144,8 @@ def _source(archives: Mapping[str, _Archive], label: str) -> UnchangedFiles:
     return UnchangedFiles(TorchTensors(tensors, label), files)
 
 
-def _open(path: Path, name: str, stack: ExitStack) -> _Archive:
+def _open(real: Path, name: str, label: str, stack: ExitStack) -> _Archive:
     """Open an archive; the stack closes it again."""
-    label, real = shown(path), path.resolve()
     descriptor, before = open_regular(real)
     with open(descriptor, "rb") as file:  # noqa: PTH123 - of a descriptor
         saved = _load(real, file, label)
