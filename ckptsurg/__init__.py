@@ -10,6 +10,7 @@ Data flows one way; each module knows only those further down in its line or bel
       frameworks                     what torch and Keras hold in memory
     inspection, schemas          what a checkpoint holds; what each document may say
     rewriting, verifying, diffing  carry a plan out; prove that frozen tensors have their bits
+    attesting                      statements of both, for others to sign
       baselines, counterparts        the published tensors; what stands for a manifest's, against its records
       gathering, settling, causes    why one moved: the evidence, and what it settles
       comparing, traits, renaming    two versions of a tensor, and in which way they differ; two names of one
@@ -34,6 +35,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .api import attest as attest
     from .api import convert as convert
     from .api import diff as diff
     from .api import inspect as inspect
@@ -77,6 +79,7 @@ _HOMES = {
     "SpecError": "errors",
     "SystemFailure": "errors",
     "UsageError": "errors",
+    "attest": "api",
     "convert": "api",
     "diff": "api",
     "freeze": "training",

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .checkpoints import Checkpoint
 from .coercing import (
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("ckptsurg")
 
 __all__ = [
+    "attest",
     "convert",
     "diff",
     "inspect",
@@ -56,7 +57,9 @@ __all__ = [
     "plan_with_spec",
     "rewrite",
     "verify",
+    "verify_and_attest",
     "write_manifest",
+    "write_statement",
 ]
 
 
@@ -280,6 +283,7 @@ def verify(
     *,
     prefix: str | None = None,
     root: str | None = None,
+    attestation: PathLike | None = None,
     exact: bool = False,
     allow_widened: bool | None = None,
     expect_trained: bool = False,
@@ -298,6 +302,8 @@ def verify(
         names: From the trained names to the manifest's, where they differ: a mapping or a function.
         prefix: Taken off the trained names.
         root: The manifest's root or frozen root, if it is pinned.
+        attestation: The statement that the output was published with, or its envelope: whoever gives it has checked
+            its signature, and it pins the root.
         exact: Whether tensors that the manifest lacks, and trainable ones that are missing, count.
         allow_widened: Whether a tensor in a wider dtype with the same values is accepted; None accepts it in a live
             model and not in a file.
@@ -317,13 +323,20 @@ def verify(
     from . import verifying
 
     document = as_manifest(manifest)
+    relied_on: Literal["pinned", "signed"] | None = None
+    if attestation is not None:
+        from .attesting import attested_root
+
+        verifying.check_root(document, attested_root(as_path(attestation)))
+        relied_on = "signed"
     if root is not None:
         verifying.check_root(document, root)
+        relied_on = "pinned"
     wanted = document.tensors.keys() if names is None else ()
     with tensors_of(ckpt_or_model, wanted) as trained, ExitStack() as stack:
         before = stack.enter_context(tensors_of(baseline, wanted)) if baseline is not None else None
         is_file = isinstance(trained, Checkpoint | AdapterOverBase)
-        return verifying.verify(
+        report = verifying.verify(
             document,
             trained,
             baseline=before,
@@ -338,6 +351,7 @@ def verify(
             jobs=as_jobs(jobs),
             progress=progress,
         )
+    return report.model_copy(update={"relied_on": relied_on})
 
 
 def write_manifest(manifest: Manifest, path: PathLike, *, overwrite: bool = False) -> None:
@@ -347,9 +361,68 @@ def write_manifest(manifest: Manifest, path: PathLike, *, overwrite: bool = Fals
         UsageError: if the path exists and is not to be overwritten, or holds anything but a manifest.
         SystemFailure: if the system fails; nothing is published then.
     """
-    from .publishing import publish_manifest
+    from .publishing import publish_document
+    from .targets import refuse_manifest_target
 
-    publish_manifest(manifest.to_bytes(), as_path(path), overwrite=overwrite)
+    target = as_path(path)
+    refuse_manifest_target(target, overwrite=overwrite)
+    publish_document(manifest.to_bytes(), target, overwrite=overwrite)
+
+
+def attest(
+    manifest: ManifestLike, ckpt: TensorsLike, *, jobs: int | None = None, progress: Progress | None = None
+) -> bytes:
+    """A statement of what an output is, in the form of in-toto's Statement v1, for others to sign.
+
+    Args:
+        manifest: The manifest that it was published with.
+        ckpt: The output; every tensor and every file of it is read.
+        jobs: How many threads read and hash; None for one on each processor, up to 64.
+        progress: Called with the bytes read and the bytes in all.
+
+    Raises:
+        ManifestError: if the manifest is not valid.
+        UsageError: if there is no such checkpoint, it is not the output of this manifest, or not in files.
+        CheckpointError: if it is malformed, or changes meanwhile.
+        SystemFailure: if it cannot be read.
+    """
+    from . import attesting
+
+    document = as_manifest(manifest)
+    with checkpoint_of(ckpt) as output:
+        return attesting.of_output(document, output, jobs=as_jobs(jobs), progress=progress)
+
+
+def verify_and_attest(
+    manifest: ManifestLike, ckpt: TensorsLike, *, jobs: int | None = None, **options: Any
+) -> tuple[Report, bytes]:
+    """``verify``, and a statement of what was found, for others to sign.
+
+    Raises:
+        UsageError: as ``verify``; and if what is verified is a live model, of which there are no files.
+    """
+    from . import attesting
+
+    document = as_manifest(manifest)
+    with checkpoint_of(ckpt) as trained:
+        report = verify(document, trained, jobs=jobs, **options)
+        return report, attesting.of_report(document, report, trained, jobs=as_jobs(jobs))
+
+
+def write_statement(statement: bytes, path: PathLike, *, overwrite: bool = False) -> None:
+    """Publish a statement.
+
+    Raises:
+        UsageError: if the path exists and is not to be overwritten, or holds anything but a statement.
+        SystemFailure: if the system fails; nothing is published then.
+    """
+    from .attesting import is_statement
+    from .publishing import publish_document
+    from .targets import refuse_statement_target
+
+    target = as_path(path)
+    refuse_statement_target(target, is_statement, overwrite=overwrite)
+    publish_document(statement, target, overwrite=overwrite)
 
 
 def load_names(path: PathLike) -> dict[str, str]:

@@ -18,10 +18,9 @@ from .checkpoints import StoredFile, open_regular
 from .claiming import claim_beside
 from .copying import Target
 from .errors import CheckpointError, CkptsurgError, SystemFailure, UsageError, system_failures, uninterrupted
-from .targets import refuse_manifest_target
 from .wording import shown
 
-__all__ = ["Staging", "publish_manifest", "staged"]
+__all__ = ["Staging", "publish_document", "staged"]
 
 _log = logging.getLogger("ckptsurg")
 
@@ -236,14 +235,13 @@ def staged(
         staging.remove()
 
 
-def publish_manifest(content: bytes, path: Path, *, overwrite: bool) -> None:
-    """Publish a manifest by itself.
+def publish_document(content: bytes, path: Path, *, overwrite: bool) -> None:
+    """Publish a manifest or statement by itself, in the place of an earlier one if it may be.
 
     Raises:
-        UsageError: if the place is taken, and not to be overwritten or not by a manifest; or another run is at work.
+        UsageError: if something appears there meanwhile, or another run is at work.
         SystemFailure: if the system fails.
     """
-    refuse_manifest_target(path, overwrite=overwrite)
     with staged(path, len(content)) as staging:
         staging.write(path.name, content)
         staging.publish_file(path.name, path, overwrite=overwrite)

@@ -95,6 +95,8 @@ class Report(Document):
         missing_trainable: Trainable tensors that are missing.
         untrained: Trainable tensors that did not move; None where that was not asked.
         note: What else there is to know of what was verified.
+        relied_on: What vouches for the manifest: a ``pinned`` root, or a ``signed`` statement whose signature whoever
+            gave it has checked; None where nothing does.
     """
 
     version: Literal[1] = Field(default=1, description="Version of this document's form.")
@@ -105,6 +107,7 @@ class Report(Document):
     missing_trainable: tuple[str, ...] = ()
     untrained: tuple[str, ...] | None = Field(default=None, exclude_if=is_none)
     note: str | None = Field(default=None, exclude_if=is_none)
+    relied_on: Literal["pinned", "signed"] | None = Field(default=None, exclude_if=is_none)
 
     def __repr__(self) -> str:
         drifted = enumerate_names(difference.name for difference in self.drifted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from .errors import UsageError
 from .manifest import is_file_output, manifest_path
 from .wording import shown
 
-__all__ = ["refuse_manifest_target", "refuse_target"]
+__all__ = ["refuse_manifest_target", "refuse_statement_target", "refuse_target"]
 
 _OVERWRITE = "--overwrite (overwrite=True) replaces an earlier output"
 
@@ -64,6 +65,18 @@ def refuse_manifest_target(path: Path, *, overwrite: bool) -> None:
         raise UsageError(f"{shown(path)}: exists already", hint=_OVERWRITE)
     if not _is_manifest(path):
         raise UsageError(f"{shown(path)}: is no manifest of ckptsurg and is not replaced; choose another place")
+
+
+def refuse_statement_target(path: Path, is_statement: Callable[[Path], bool], *, overwrite: bool) -> None:
+    """Refuse a place for a statement that is taken.
+
+    Raises:
+        UsageError: if it is, and not to be overwritten or not by a statement.
+    """
+    if os.path.lexists(path) and not overwrite:
+        raise UsageError(f"{shown(path)}: exists already", hint=_OVERWRITE)
+    if os.path.lexists(path) and not is_statement(path):
+        raise UsageError(f"{shown(path)}: is no statement of ckptsurg and is not replaced; choose another place")
 
 
 def _refuse_base(target: Path, base: Checkpoint) -> None:

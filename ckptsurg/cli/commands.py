@@ -267,6 +267,11 @@ def manifest(
 @_argument("ckpt")
 @_path_option("--baseline", metavar="CKPT", help="The published checkpoint: compared, not hashed; shows where.")
 @click.option("--root", metavar="DIGEST", help="The manifest's root or frozen_root, if it is pinned.")
+@_path_option(
+    "--attestation", metavar="FILE", help="The statement by attest, its signature checked: pins the manifest."
+)
+@_path_option("--statement", metavar="FILE", help="Write what was found, for others to sign.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier --statement.")
 @click.option("--exact", is_flag=True, help="Extra tensors and missing trainable ones count as differences.")
 @click.option("--prefix", metavar="P", help="Take P off the names in CKPT.")
 @_path_option("--names", metavar="MAP", help="A JSON or YAML map from names in CKPT to names in the manifest.")
@@ -283,6 +288,9 @@ def verify(
     ckpt: Path,
     baseline: Path | None,
     root: str | None,
+    attestation: Path | None,
+    statement: Path | None,
+    overwrite: bool,
     exact: bool,
     prefix: str | None,
     names: Path | None,
@@ -298,31 +306,61 @@ def verify(
     Exit codes: 0 every one has; 1 one has not; 2 bad usage or manifest; 3 a malformed checkpoint; 4 the system failed.
     MANIFEST may also be the output, file or folder, that it stands by.
     """
-    from ..api import load_names, verify
+    from ..api import load_names, verify, verify_and_attest, write_statement
     from ..coercing import opened_with
     from . import rendering
 
     paths = [ckpt] if baseline is None else [ckpt, baseline]
+    written = None
     with opened_with(model, *paths) as [trained, *before], rendering.progress("verify") as advance:
-        result = verify(
-            manifest,
-            trained,
-            baseline=before[0] if before else None,
-            names=None if names is None else load_names(names),
-            prefix=prefix,
-            root=root,
-            exact=exact,
-            allow_widened=allow_widened,
-            expect_trained=expect_trained,
-            only=only or None,
-            jobs=jobs,
-            progress=advance,
-        )
+        asked: dict[str, Any] = {
+            "baseline": before[0] if before else None,
+            "names": None if names is None else load_names(names),
+            "prefix": prefix,
+            "root": root,
+            "attestation": attestation,
+            "exact": exact,
+            "allow_widened": allow_widened,
+            "expect_trained": expect_trained,
+            "only": only or None,
+            "jobs": jobs,
+            "progress": advance,
+        }
+        if statement is None:
+            result = verify(manifest, trained, **asked)
+        else:
+            result, written = verify_and_attest(manifest, trained, **asked)
+    if statement is not None and written is not None:
+        write_statement(written, statement, overwrite=overwrite)
     if as_json:
         _print_document(result)
     else:
         rendering.show_report(result, exact=exact)
     return 0 if result.ok else 1
+
+
+@cli.command()
+@_argument("manifest")
+@_argument("ckpt")
+@_path_option("-o", "--output", "out", required=True, help="The statement to write.")
+@_overwrite
+@_jobs
+@_json
+def attest(manifest: Path, ckpt: Path, out: Path, overwrite: bool, jobs: int | None, as_json: bool) -> None:
+    """State what an output is, for others to sign: an in-toto Statement, with the sha256 of each of its files.
+
+    CKPT is the output that MANIFEST was published with; every tensor is compared with it first.
+    """
+    from ..api import attest, write_statement
+    from . import rendering
+
+    with rendering.progress("attest") as advance:
+        statement = attest(manifest, ckpt, jobs=jobs, progress=advance)
+    write_statement(statement, out, overwrite=overwrite)
+    if as_json:
+        click.echo(statement.decode())
+    else:
+        click.echo(f"statement    {out}")
 
 
 @cli.command()

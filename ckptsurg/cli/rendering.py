@@ -299,6 +299,13 @@ def show_report(report: Report, *, exact: bool = False) -> None:
         console.print(summary, soft_wrap=True)  # the first line is off the screen by now
 
 
+_VOUCHERS = {
+    "pinned": "the manifest is pinned",
+    "signed": "the manifest is that of the statement",
+    None: "nothing pins the manifest",
+}
+
+
 def _summary(report: Report) -> str:
     verified = counted(report.verified, "frozen tensor")
     missing = sum(difference.verdict == "missing" for difference in report.drifted)
@@ -306,7 +313,7 @@ def _summary(report: Report) -> str:
     if report.ok and report.drifted:
         return f"{verified} verified, {drifted:,} in a wider dtype"
     if report.ok:
-        return f"{verified} verified: every one has its bits"
+        return f"{verified} verified: every one has its bits ({_VOUCHERS[report.relied_on]})"
     if not report.drifted and report.untrained:
         return f"{verified} verified, but {counted(len(report.untrained), 'trainable tensor')} did not move"
     if not report.drifted:
