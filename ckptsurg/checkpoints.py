@@ -283,7 +283,8 @@ def merged_metadata(files: Sequence[StoredFile]) -> tuple[Mapping[str, str] | No
     for file in files:
         for key, value in (file.metadata or {}).items():
             if merged.setdefault(key, value) != value:
-                clashes.append(f"metadata {key!a}: {file.name} says {value!a}; kept {merged[key]!a}")
+                said, kept = shown(value, 60), shown(merged[key], 60)
+                clashes.append(f"metadata '{shown(key, 60)}': {shown(file.name)} says '{said}'; kept '{kept}'")
     return (merged if any(file.metadata is not None for file in files) else None), clashes
 
 

@@ -7,56 +7,102 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import weakref
 from contextlib import suppress
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 from . import disk
 from .errors import SystemFailure, UsageError
-from .wording import counted, shown
+from .wording import counted, enumerate_names, shown
 
-__all__ = ["Claim", "claim_beside"]
+__all__ = ["Claim", "claim_beside", "is_hidden_name"]
 
 _log = logging.getLogger("ckptsurg")
 
 #: Bytes of a target's name that its hidden folder's name repeats; file systems take 255 in all.
 _LONGEST_NAME = 200
+#: Of a name that another run takes away each time.
+_MOST_TRIES = 100
+_OUTPUT, _WITHDRAWN = "output", "withdrawn-"
 
 
-@dataclass(frozen=True, slots=True)
 class Claim:
-    """A folder that no other run uses.
+    """A folder that no other run uses, until it is released or forgotten.
 
     Attributes:
         folder: The folder.
-        descriptor: Its descriptor, which holds the lock.
+        output: Where in it an output is staged.
+        descriptor: Of the folder; it holds the lock.
+        release: Gives the lock up; it may be called again.
     """
 
-    folder: Path
-    descriptor: int
+    def __init__(self, target: Path, folder: Path, descriptor: int) -> None:
+        self.folder, self.output = folder, folder / _OUTPUT
+        self.descriptor, self._target = descriptor, target
+        self.release = weakref.finalize(self, os.close, descriptor)
+        _held.add(self)
+
+    def withdrawn(self, path: Path) -> Path:
+        """Where a file is kept that stood beside the target."""
+        return self.folder / f"{_WITHDRAWN}{path.name}"
 
     def sweep(self) -> None:
-        """Take away what a run that was killed has left."""
-        left = sum(not _is_folder(path) for path in self.folder.rglob("*"))
+        """Take away what a run that was killed has left, and put back what it took away before it published anything.
+
+        Raises:
+            SystemFailure: if there is anything that no run of ours has left.
+            OSError: if the system fails.
+        """
+        found = sorted(path.name for path in self.folder.iterdir())
+        strange = [name for name in found if name != _OUTPUT and not name.startswith(_WITHDRAWN)]
+        if strange:
+            message = f"{shown(self.folder)}: a folder of ours, but in it is what is not: {enumerate_names(strange)}"
+            raise SystemFailure(message, hint="move that away, or choose another output")
+        if not found:
+            return
+        # What is here may be an earlier output whose successor is not yet on disk under its name.
+        disk.flush_folder(self.folder.parent)
+        for name in found:
+            self._put_back(self.folder / name)
+        left = sum(not path.is_dir() or path.is_symlink() for path in self.folder.rglob("*"))
         for path in self.folder.iterdir():
-            if _is_folder(path):
+            if path.is_dir() and not path.is_symlink():
                 disk.remove_all(path)
             else:
                 disk.remove(path)
         if left:
             _log.info("%s: removed %s that a stopped run left", shown(self.folder), counted(left, "file"))
 
+    def _put_back(self, path: Path) -> None:
+        """Of a lone file whose successor is still staged, the manifest belongs beside it."""
+        name = path.name.removeprefix(_WITHDRAWN)
+        if name in (path.name, self._target.name) or not (self.output / self._target.name).exists():
+            return
+        with suppress(FileExistsError):
+            disk.move(path, self.folder.parent / name)
+            disk.flush_folder(self.folder.parent)
+
     def is_held(self) -> bool:
-        """Whether the folder under its name is still the one that is locked."""
+        """Whether the folder under its name is still the one that is locked, and by this process."""
         try:
-            return os.path.samestat(self.folder.lstat(), os.fstat(self.descriptor))
-        except FileNotFoundError:
+            return self.release.alive and os.path.samestat(self.folder.lstat(), os.fstat(self.descriptor))
+        except OSError:
             return False
 
-    def release(self) -> None:
-        """Give the lock up."""
-        os.close(self.descriptor)
+
+_held: weakref.WeakSet[Claim] = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    """A child process has no part in its parent's runs; what it inherited would hold the lock after them."""
+    for claim in list(_held):
+        claim.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def claim_beside(target: Path) -> Claim:
@@ -68,35 +114,46 @@ def claim_beside(target: Path) -> Claim:
         OSError: if the system fails.
     """
     folder, label = target.parent / _hidden_name(target.name), shown(target)
-    while True:
+    for _ in range(_MOST_TRIES):
         is_new = False
         try:
             with suppress(FileExistsError):
                 disk.make_folder(folder, 0o700)
                 is_new = True
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError:
-            if not folder.parent.is_dir():
-                raise
-            continue  # the run that had it has just ended
+            claim = _opened(target, folder)
         except BaseException:
             _remove_empty(folder)
             raise
+        if claim is None:
+            continue  # the run that had it has just ended
         try:
-            if not is_new and os.fstat(descriptor).st_uid != os.geteuid():
-                raise SystemFailure(f"{label}: {shown(folder)} is another user's, who could change what is in it")
-            _lock(descriptor, folder, label)
-            claim = Claim(folder, descriptor)
+            if not is_new and folder.stat().st_uid != os.geteuid():
+                message = f"{label}: {shown(folder)} is another user's, who could change what is in it"
+                raise SystemFailure(message, hint="remove it if no other run is at work, or choose another output")
+            _lock(claim, folder, label, is_new=is_new)
             if claim.is_held():
                 return claim
         except (UsageError, SystemFailure):
-            os.close(descriptor)
+            claim.release()
             raise
         except BaseException:
             _remove_empty(folder)
-            os.close(descriptor)
+            claim.release()
             raise
-        os.close(descriptor)
+        claim.release()
+    raise SystemFailure(f"{label}: {shown(folder)} is taken away again and again", hint="choose another output")
+
+
+def _opened(target: Path, folder: Path) -> Claim | None:
+    try:
+        return Claim(target, folder, os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
+    except FileNotFoundError:
+        return None
+
+
+def is_hidden_name(name: str) -> bool:
+    """Whether a folder of that name would be one that outputs are staged in."""
+    return re.fullmatch(r"\..*\.ckptsurg", name, re.DOTALL) is not None
 
 
 def _hidden_name(name: str) -> str:
@@ -107,11 +164,11 @@ def _hidden_name(name: str) -> str:
     return f".{os.fsdecode(raw)}.ckptsurg"
 
 
-def _lock(descriptor: int, folder: Path, label: str) -> None:
+def _lock(claim: Claim, folder: Path, label: str, *, is_new: bool) -> None:
     try:
-        is_ours = disk.claim(descriptor)
+        is_ours = disk.claim(claim.descriptor)
     except OSError as failure:
-        if any(folder.iterdir()):
+        if not is_new:  # where there are no locks, whoever makes the folder has it
             message = f"{label}: {shown(folder)} is there, and whether another run uses it cannot be told"
             hint = f"the file system has no locks ({failure.strerror}); remove the folder if no other run is at work"
             raise SystemFailure(message, hint=hint) from None
@@ -119,10 +176,6 @@ def _lock(descriptor: int, folder: Path, label: str) -> None:
     if not is_ours:
         hint = "wait until it has ended, or choose another output"
         raise UsageError(f"{label}: another run is at work on this output", hint=hint)
-
-
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
 
 
 def _remove_empty(folder: Path) -> None:

@@ -57,8 +57,8 @@ class Counterparts:
         extents = extents_of(self._source)
         found = {}
         for name, record in records.items():
-            extent = extents.get(self._partners.get(name, ""))
-            if extent is None:
+            partner = self._partners.get(name)
+            if partner is None or (extent := extents.get(partner)) is None:
                 continue
             info = self.tensors[name]
             if info.dtype == record.dtype and _has_room(info, record):

@@ -24,7 +24,7 @@ from .plans import Action, Plan, PlannedTensor
 from .reading import Reading, digest_threads, segments
 from .spec import Spec
 from .tensors import Buffer, Digester, TensorSource, refuse_unstorable, row_span, section
-from .wording import shown
+from .wording import encodable, shown
 
 __all__ = ["Recorder", "base_files", "describe", "inherit", "inherited_records"]
 
@@ -189,5 +189,6 @@ def inherit(tensor: PlannedTensor, inherited: Mapping[str, TensorRecord]) -> Ten
 def base_files(base: Checkpoint, algorithm: str) -> list[BaseFile]:
     """A manifest's records of the files of a base."""
     return [
-        BaseFile(file=file.name, size=file.size, header_digest=file.header_digest(algorithm)) for file in base.files
+        BaseFile(file=encodable(file.name), size=file.size, header_digest=file.header_digest(algorithm))
+        for file in base.files
     ]

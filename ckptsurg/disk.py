@@ -10,6 +10,7 @@ import shutil
 import struct
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -119,8 +120,13 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_all(folder: Path) -> None:
-    """Remove a folder with all that is in it. What cannot be removed is left."""
+    """Remove a folder with all that is in it, also what is in folders that may not be written to."""
     shutil.rmtree(folder, ignore_errors=True)
+    if folder.is_dir():
+        for place, _, _ in os.walk(folder):
+            with suppress(OSError):
+                Path(place).chmod(0o700)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def claim(folder: int) -> bool:

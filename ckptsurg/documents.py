@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from threading import RLock
 from typing import Any, ClassVar, Literal, Self, get_args
 
@@ -14,12 +15,14 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from .errors import DocumentError, Problem
 from .parsing import Place, Text, describe_place
-from .wording import closest, shown
+from .wording import closest, counted, shown
 
 __all__ = ["Document", "Model", "canonical_json", "fail", "is_false", "is_none", "suggest"]
 
 
 _BUILDING = RLock()
+#: That are told at once.
+_MOST_PROBLEMS = 100
 
 
 class Model(BaseModel):
@@ -63,7 +66,7 @@ class Document(Model):
         if not isinstance(text.data, dict):
             found = "nothing" if text.data is None else f"a {_kind(text.data)}"
             raise cls.error(text.label, [Problem("", f"expected keys and values at the top, found {found}", 1)])
-        problems = [*_version_problems(text), *_empty_keys(text, cls.nullable)]
+        problems = [*_version_problems(text), *islice(_empty_keys(text, cls.nullable), _MOST_PROBLEMS)]
         data = {key: value for key, value in text.data.items() if value is not None} | {"version": 1}
         try:
             # As JSON, where a list may stand for a tuple, although nothing else is converted.
@@ -179,13 +182,15 @@ def _not_finite(text: Text) -> Iterator[Problem]:
 def _problems(model: type[Model], error: ValidationError, text: Text) -> Iterator[Problem]:
     details = error.errors(include_url=False)
     unknown = {(detail["loc"][:-1], detail["loc"][-1]) for detail in details if detail["type"] == "extra_forbidden"}
-    for detail in details:
+    for detail in details[:_MOST_PROBLEMS]:
         if detail["type"] == "missing" and any(
             parents == detail["loc"][:-1] and closest(str(detail["loc"][-1]), [str(key)]) for parents, key in unknown
         ):
             continue  # the slip itself is reported, with this key as the nearest
         place = text.nearest(tuple(part for part in detail["loc"]))
         yield Problem(describe_place(place), _explain(model, detail), text.line(place), place)
+    if (more := len(details) - _MOST_PROBLEMS) > 0:
+        yield Problem("", f"and {counted(more, 'problem')} more")
 
 
 def _explain(model: type[Model], detail: ErrorDetails) -> str:

@@ -232,6 +232,8 @@ _LARGEST = {
     "F8_E4M3FNUZ": 240.0,
 }
 _REAL_ONLY = frozenset(("uniform", "trunc_normal", "xavier_uniform", "kaiming_uniform", "orthogonal", "sparse", "like"))
+#: No file system holds so many.
+_MOST_ELEMENTS = (1 << 63) - 1
 _ANY_RANK = 64
 _NEEDS_RANK = {
     "mean": (1, _ANY_RANK),
@@ -256,6 +258,8 @@ def refusal(init: Initializer, info: TensorInfo, old: TensorInfo | None = None) 
     """
     if info.dtype not in _LARGEST:
         return f"{info.dtype} cannot be drawn; only {', '.join(_LARGEST)} can"
+    if info.elements > _MOST_ELEMENTS:
+        return f"a shape of more than {_MOST_ELEMENTS:,} elements"
     if info.dtype == "C64" and init.name in _REAL_ONLY:
         return f"{init.name} does not draw complex numbers"
     low, high = _NEEDS_RANK.get(init.name, (0, _ANY_RANK))

@@ -10,6 +10,7 @@ from pydantic import Field
 from .checkpoints import Checkpoint
 from .documents import Document, Model
 from .tensors import TensorInfo
+from .wording import encodable
 
 __all__ = ["Inspection", "inspect_checkpoint"]
 
@@ -61,9 +62,10 @@ def inspect_checkpoint(checkpoint: Checkpoint, patterns: Sequence[str] = ()) -> 
         names = selected_names(checkpoint.tensors, patterns, checkpoint.metadata)
     infos, place = checkpoint.tensors, checkpoint.file_of
     return Inspection(
-        files=tuple(FileSize(file=file.name, size=file.size) for file in checkpoint.files),
+        files=tuple(FileSize(file=encodable(file.name), size=file.size) for file in checkpoint.files),
         metadata=dict(checkpoint.metadata or {}),
         tensors={
-            name: TensorPlace(dtype=infos[name].dtype, shape=infos[name].shape, file=place(name)) for name in names
+            name: TensorPlace(dtype=infos[name].dtype, shape=infos[name].shape, file=encodable(place(name)))
+            for name in names
         },
     )

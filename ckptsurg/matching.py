@@ -148,6 +148,8 @@ class Names:
                     n for module, fits in tested for key, some in module.tensors.items() if fits(key) for n in some
                 ]
                 modules = [one for module, fits in tested for key, one in module.modules.items() if fits(key)]
+            if not modules and not names:
+                break
         return modules, names
 
     def _test(self, step: Segment | Children, module: Module) -> Callable[[str], bool]:
@@ -157,9 +159,9 @@ class Names:
         numbers = {int(key) for key in (*module.modules, *module.tensors) if CHILD_NUMBER.fullmatch(key)}
         if not numbers:
             return frozenset[str]().__contains__
-        name = self._tree.path(module)
-        there = self._children_of.get(name)
-        picked = pick(sorted(numbers) if there is None else range(there), step.text, name)
+        there = self._children_of.get(self._tree.path(module)) if self._children_of else None
+        children = sorted(numbers) if there is None else range(there)
+        picked = pick(children, step.text, lambda: self._tree.path(module))
         return frozenset(map(str, picked)).__contains__
 
     def _glob(self, text: str) -> Callable[[str], bool]:
@@ -240,7 +242,7 @@ class Names:
         tails = (segment[len(stem) :] for segment in self._segments if segment.startswith(stem))
         numbers = sorted({int(tail) for tail in tails if CHILD_NUMBER.fullmatch(tail)})
         try:
-            picked = sorted(pick(numbers, sliced[3], stem)) if numbers else []
+            picked = sorted(pick(numbers, sliced[3], lambda: stem)) if numbers else []
         except PatternError:
             return []
         if not picked:
@@ -292,12 +294,16 @@ def _options(*, lines: bool = False) -> Any:
     return options
 
 
+def _of_whole_lines(expression: str) -> str:
+    return f"(?m)^(?:{expression})$"
+
+
 def _matching_lines(expression: str, text: str) -> list[str]:
     """The lines that an expression matches as a whole."""
     import re2
 
-    compiled = re2.compile(f"(?m)^(?:{expression})$", _options(lines=True))
-    return [match.group() for match in compiled.finditer(text)]
+    compiled = re2.compile(_of_whole_lines(expression), _options(lines=True))
+    return list(dict.fromkeys(match.group() for match in compiled.finditer(text)))
 
 
 def _compile_regex(expression: str) -> Callable[[str], bool]:
@@ -306,6 +312,7 @@ def _compile_regex(expression: str) -> Callable[[str], bool]:
 
     try:
         compiled = re2.compile(expression, _options())
+        re2.compile(_of_whole_lines(expression), _options(lines=True))
     except re2.error as error:
         reason = error.args[0].decode() if error.args and isinstance(error.args[0], bytes) else str(error)
         raise PatternError(f"not a regular expression that RE2 takes: {shown(reason)}") from None

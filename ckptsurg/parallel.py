@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from threading import Condition, Lock, Thread
 from typing import Protocol, TypeAlias
 
-from .errors import uninterrupted
 from .metering import Meter
 from .tensors import Buffer
 
@@ -103,14 +102,16 @@ def _start(threads: Iterable[Thread]) -> int:
 
 
 def _wait(threads: Iterable[Thread]) -> None:
-    """Wait for threads that soon end, whoever interrupts: they use what is closed after them."""
-
-    def join() -> None:
-        for thread in threads:
-            if thread.is_alive():
+    """Wait for threads that soon end, whoever interrupts, however often: they use what is closed after them."""
+    interruption: BaseException | None = None
+    for thread in threads:
+        while thread.is_alive():
+            try:
                 thread.join()
-
-    uninterrupted(join)
+            except BaseException as raised:  # it is raised again
+                interruption = raised
+    if interruption is not None:
+        raise interruption
 
 
 class _Strand:

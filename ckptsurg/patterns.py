@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -28,6 +28,10 @@ __all__ = [
 ]
 
 MAX_ALTERNATIVES = 10_000
+#: Of a pattern written out, in characters; of one without braces, in characters and segments.
+MAX_WRITTEN_OUT = 10_000_000
+MAX_LENGTH = 4096
+MAX_SEGMENTS = 256
 SEPARATOR = re.compile(r"[./]")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _INTEGER_RANGE = re.compile(r"(-?[0-9]+)\.\.(-?[0-9]+)(?:\.\.(-?[0-9]+))?")
@@ -76,7 +80,7 @@ def expand_braces(pattern: str) -> list[str]:
     if "{" not in pattern and "}" not in pattern:
         return [pattern]
     parts: list[list[str]] = []
-    total, end = 1, 0
+    total, length, end = 1, len(pattern), 0
     for match in _BRACES.finditer(pattern):
         written_out = _alternatives(match[1])
         literal = pattern[end : match.start()]
@@ -84,11 +88,14 @@ def expand_braces(pattern: str) -> list[str]:
             break
         parts += [[literal], [match[0]] if written_out is None else written_out]
         total *= len(parts[-1])
+        length += max(map(len, parts[-1])) - len(match[0])
+        if total > MAX_ALTERNATIVES:
+            raise PatternError(f"expands to more than {MAX_ALTERNATIVES:,} alternatives")
         end = match.end()
     if "{" in pattern[end:] or "}" in pattern[end:]:
         raise PatternError("braces that are nested or not closed; write each set side by side: {a,b}.{0..5}")
-    if total > MAX_ALTERNATIVES:
-        raise PatternError(f"expands to {total:,} alternatives; at most {MAX_ALTERNATIVES:,} are allowed")
+    if total * length > MAX_WRITTEN_OUT:
+        raise PatternError(f"expands to {total:,} alternatives of up to {length:,} characters, which is too long")
     return ["".join(combination) + pattern[end:] for combination in product(*parts)]
 
 
@@ -125,6 +132,8 @@ def split_name(pattern: str) -> list[str]:
 @lru_cache(maxsize=4096)
 def parse(pattern: str) -> tuple[Step, ...]:
     """The steps of a pattern without braces."""
+    if len(pattern) > MAX_LENGTH or len(SEPARATOR.findall(pattern)) >= MAX_SEGMENTS:
+        raise PatternError(f"is longer than {MAX_LENGTH:,} characters or {MAX_SEGMENTS} segments")
     steps: list[Step] = []
     for position, text in enumerate(split_name(pattern)):
         if text == "**":
@@ -148,36 +157,44 @@ def parse(pattern: str) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def pick(numbers: Sequence[int], text: str, module: str) -> set[int]:
-    """The numbers that a slice such as ``[-2:]`` picks of the sorted numbers of a module's children."""
-    where = f'"{shown(module)}"' if module else "the model"
+def pick(numbers: Sequence[int], text: str, module: Callable[[], str]) -> set[int]:
+    """The numbers that a slice such as ``[-2:]`` picks of the sorted numbers of a module's children.
+
+    Args:
+        numbers: Those of the children.
+        text: The slice.
+        module: What the module is called, for messages.
+    """
     end = numbers[-1] + 1
-    children = f"{where} has children {_ranges(numbers)}"
     contiguous = end - numbers[0] == len(numbers)
     by_name = f"name those you mean: {{{','.join(map(str, numbers[-2:]))}}}"
+
+    def children() -> str:
+        where = f'"{shown(name)}"' if (name := module()) else "the model"
+        return f"{where} has children {_ranges(numbers)}"
 
     def bound(part: str) -> int:
         value = int(part)
         if value < 0 and not contiguous:
-            raise PatternError(f"{text} counts from the end, but {children}, with gaps; {by_name}")
+            raise PatternError(f"{text} counts from the end, but {children()}, with gaps; {by_name}")
         return value + end if value < 0 else value
 
     inside = text[1:-1]
     if ":" not in inside:
         index = bound(inside)
         if index not in numbers:
-            raise OutOfRange(f"{text} is out of range: {children}")
+            raise OutOfRange(f"{text} is out of range: {children()}")
         return {index}
     start_text, stop_text, *step_text = inside.split(":")
     step = int(step_text[0]) if step_text and step_text[0] else 1
     if step == 0:
         raise PatternError(f"{text}: the step of a slice is not zero")
     if step != 1 and not contiguous:
-        raise PatternError(f"{text} has a step, but {children}, with gaps; {by_name}")
+        raise PatternError(f"{text} has a step, but {children()}, with gaps; {by_name}")
     low, high = (bound(part) if part else None for part in (start_text, stop_text))
     for value in (low, high):
         if value is not None and not 0 <= value <= end:
-            raise OutOfRange(f"{text} is out of range: {children}")
+            raise OutOfRange(f"{text} is out of range: {children()}")
     picked = range(end)[slice(low, high, step)]
     return {number for number in numbers if number in picked}
 

@@ -18,6 +18,7 @@ from .checkpoints import StoredFile, open_regular
 from .claiming import claim_beside
 from .copying import Target
 from .errors import CheckpointError, CkptsurgError, SystemFailure, UsageError, system_failures, uninterrupted
+from .targets import refuse_manifest_target, refuse_stranger
 from .wording import shown
 
 __all__ = ["Staging", "publish_document", "staged"]
@@ -43,14 +44,18 @@ class Staging:
 
     def __init__(self, target: Path, part_of: Staging | None = None) -> None:
         self._claim = claim_beside(target)
-        self.folder = self._claim.folder / "output"
+        self.folder = self._claim.output
         self._is_published, self._part_of = False, part_of
         self._targets: list[Target] = []
         self._withdrawn: list[tuple[Path, Path]] = []
         self._unflushed: Path | None = None
-        self._holds_old = False
+        self._holds_old = self._holds_withdrawn = False
         try:
             self._claim.sweep()
+        except BaseException:
+            self._claim.release()
+            raise
+        try:
             disk.make_folder(self.folder)
         except BaseException:
             self.remove()
@@ -71,16 +76,29 @@ class Staging:
     def _clear(self) -> None:
         for file in self._targets:
             file.close()
+        if not self._claim.is_held():
+            return  # somebody took the folder away, or this is a child of the process that has it
         for held, target in () if self.published else self._withdrawn:
-            with suppress(OSError):
-                disk.move(held, target)
-                disk.flush_folder(target.parent)
+            self._put_back(held, target)
         with suppress(OSError):
             self._flush()
-        if self._holds_old:
+        if self._holds_withdrawn:
+            _log.warning("%s: holds what could not be put back", shown(self._claim.folder))
+        elif self._holds_old:
             _log.warning("%s: holds the earlier output, for the new one may not be on disk", shown(self.folder))
-        elif self._claim.is_held():
+        else:
             disk.remove_all(self._claim.folder)
+            if self._claim.is_held():
+                _log.warning("%s: could not be removed; remove it yourself", shown(self._claim.folder))
+
+    def _put_back(self, held: Path, target: Path) -> None:
+        if not os.path.lexists(held):
+            return
+        try:
+            disk.move(held, target)
+            disk.flush_folder(target.parent)
+        except OSError:
+            self._holds_withdrawn = os.path.lexists(held)
 
     def _flush(self) -> None:
         """Have the name of what was published on disk. One that failed is not tried again: it might seem to work."""
@@ -155,8 +173,9 @@ class Staging:
             disk.remove(path)
 
     def withdraw(self, target: Path) -> None:
-        """Take away what would otherwise stand beside an output that it does not describe."""
-        held = self._claim.folder / f"withdrawn-{len(self._withdrawn)}"
+        """Take away a manifest that would otherwise stand beside an output that it does not describe."""
+        refuse_manifest_target(target, overwrite=True)
+        held = self._claim.withdrawn(target)
         self._withdrawn.append((held, target))
         with suppress(FileNotFoundError):
             disk.replace(target, held)
@@ -169,12 +188,13 @@ class Staging:
             disk.flush_folder(Path(place))
         with self._publishing(out):
             if overwrite and out.is_dir() and any(out.iterdir()):
+                refuse_stranger(out)  # who may have come since it was looked at first
                 self._holds_old = True
                 _exchange(self.folder, out)
             else:
                 with suppress(OSError):
                     disk.remove_folder(out)  # an empty folder counts as absent; of any other the rename will tell
-                _move(self.folder, out)
+                self._move(self.folder, out)
         self._flush()
 
     def publish_file(self, name: str, target: Path, *, overwrite: bool) -> None:
@@ -184,8 +204,16 @@ class Staging:
             if overwrite:
                 disk.replace(self.folder / name, target)
             else:
-                _move(self.folder / name, target)
+                self._move(self.folder / name, target)
         self._flush()
+
+    def _move(self, source: Path, target: Path) -> None:
+        try:
+            disk.move(source, target)
+        except FileExistsError:
+            done = self._part_of is not None and self._part_of.published
+            consequence = "the weights are published without it" if done else "nothing was published"
+            raise UsageError(f"{shown(target)}: appeared while the output was made; {consequence}") from None
 
     @contextmanager
     def _publishing(self, target: Path) -> Iterator[None]:
@@ -223,9 +251,10 @@ def staged(
         staging = Staging(target, part_of)
     try:
         space = os.statvfs(target.parent)
-        if size > (available := space.f_bavail * space.f_frsize):
+        is_known = space.f_blocks > 0  # of a file system without a limit, none is
+        if is_known and size > (available := space.f_bavail * space.f_frsize):
             size -= spared(staging) if spared is not None else 0
-        if size > available:
+        if is_known and size > available:
             raise SystemFailure(f"{label}: needs {size:,} bytes, but the file system has {available:,} left")
         yield staging
     except OSError as failure:
@@ -259,13 +288,6 @@ def _make_folders(folder: Path) -> None:
         disk.flush_folder(place.parent)
     if not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
-
-
-def _move(source: Path, target: Path) -> None:
-    try:
-        disk.move(source, target)
-    except FileExistsError:
-        raise UsageError(f"{shown(target)}: appeared while the output was made; nothing was published") from None
 
 
 def _exchange(staged: Path, out: Path) -> None:

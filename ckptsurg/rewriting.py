@@ -154,8 +154,9 @@ def _publish(staging: Staging, content: bytes, destination: Destination) -> None
         return
     with staged(target, len(content), part_of=staging) as beside:
         beside.write(target.name, content)
-        if is_file_output(out) and destination.overwrite:
-            staging.withdraw(manifest_path(out))
+        if destination.overwrite:
+            if is_file_output(out):
+                staging.withdraw(manifest_path(out))
             beside.withdraw(target)
         _publish_weights(staging, destination)
         beside.publish_file(target.name, target, overwrite=destination.overwrite)

@@ -10,11 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from .checkpoints import Checkpoint
+from .claiming import is_hidden_name
 from .errors import UsageError
-from .manifest import is_file_output, manifest_path
+from .manifest import MANIFEST_NAME, is_file_output, manifest_path
 from .wording import shown
 
-__all__ = ["refuse_manifest_target", "refuse_statement_target", "refuse_target"]
+__all__ = ["refuse_manifest_target", "refuse_statement_target", "refuse_stranger", "refuse_target"]
 
 _OVERWRITE = "--overwrite (overwrite=True) replaces an earlier output"
 
@@ -36,7 +37,13 @@ def refuse_target(out: Path, manifest: Path | None, base: Checkpoint, *, overwri
     beside = [manifest_path(out)] if is_file else []
     beside += [manifest] if manifest is not None else []
     for target in (out, *beside):
+        _refuse_hidden(target)
         _refuse_base(target, base)
+    if base.path is not None:
+        _refuse_hidden(base.path)
+    if is_file and _is_manifest(out.parent / MANIFEST_NAME):
+        message = f"{shown(out)}: lies in an earlier output, whose {MANIFEST_NAME} would not describe it"
+        raise UsageError(message, hint="choose a place outside it")
     if manifest is not None and _real(manifest).is_relative_to(_real(out)):
         raise UsageError(
             f"{shown(manifest)}: lies inside the output, which has its own freeze.json; choose another place"
@@ -79,6 +86,14 @@ def refuse_statement_target(path: Path, is_statement: Callable[[Path], bool], *,
         raise UsageError(f"{shown(path)}: is no statement of ckptsurg and is not replaced; choose another place")
 
 
+def _refuse_hidden(path: Path) -> None:
+    """What lies in a folder that outputs are staged in is taken away by the next run."""
+    hidden = [part for part in _real(path).parts if is_hidden_name(part)]
+    if hidden:
+        hint = "move it to a place of its own"
+        raise UsageError(f"{shown(path)}: {shown(hidden[0])} is where outputs are staged, and swept", hint=hint)
+
+
 def _refuse_base(target: Path, base: Checkpoint) -> None:
     itself = f"{shown(target)}: is the base, or a link to it; an output never replaces its base"
     hint = "if it is an earlier output that was linked to the base, remove it first"
@@ -110,6 +125,11 @@ def _refuse_folder(out: Path, label: str, *, overwrite: bool) -> None:
             f"{label}: holds no freeze.json of ckptsurg, so it is not an earlier output and is not replaced",
             hint="remove the folder yourself if it may go",
         )
+
+
+def refuse_stranger(out: Path) -> None:
+    """Raise UsageError if a folder that would be replaced is not an earlier output."""
+    _refuse_folder(out, shown(out), overwrite=True)
 
 
 def _is_manifest(path: Path) -> bool:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable
 
-__all__ = ["closest", "counted", "enumerate_names", "shown", "size"]
+__all__ = ["closest", "counted", "encodable", "enumerate_names", "shown", "size"]
+
+#: Of words that are compared, in characters: the time grows with the product of two lengths.
+_LONGEST_SLIP = 200
 
 _INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
@@ -33,6 +36,11 @@ def enumerate_names(names: Iterable[str], limit: int = 5) -> str:
     return f"{text} and {rest} more" if rest > 0 else text
 
 
+def encodable(name: str) -> str:
+    """A file's name as a document can hold it: what is not UTF-8 in it is escaped."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def counted(count: int, thing: str = "tensor") -> str:
     """``1 tensor``, ``2,048 tensors``."""
     return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
@@ -58,4 +66,6 @@ def closest(word: str, known: Iterable[str], limit: int = 3, cutoff: float = 0.5
     """
     from difflib import get_close_matches  # here, for most runs have no slip to explain
 
-    return get_close_matches(word, list(known), limit, cutoff)
+    if len(word) > _LONGEST_SLIP:
+        return []
+    return get_close_matches(word, [one for one in known if len(one) <= _LONGEST_SLIP], limit, cutoff)

@@ -16,6 +16,7 @@ from ..errors import CkptsurgError
 
 __all__ = ["main"]
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _INTERRUPTED = 130
 _SYSTEM_FAILED = 4
 
@@ -25,21 +26,31 @@ def main() -> NoReturn:
     # A stream that the caller closed is None, and the next file opened would take its number.
     sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115 - open to the end
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115 - likewise
-    signal.signal(signal.SIGTERM, _terminate)
-    signal.signal(signal.SIGHUP, _terminate)
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _stop)
     # With a thread for each core numpy takes twice as long to import.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # A command ends soon, and what it builds (100,000 tensors' headers) has no cycles worth a search.
     gc.disable()
     code = _run()
+    _ignore_signals()  # nothing is left to be done but to leave
     # Nor is there any in the last search that the interpreter makes, which takes longer than many a command.
     gc.freeze()
     sys.exit(code)
 
 
-def _terminate(number: int, _: object) -> NoReturn:
-    # As an exception, so that whatever is staged is taken away.
+def _stop(number: int, _: object) -> NoReturn:
+    """As an exception, so that whatever is staged is taken away; which is then not interrupted by another."""
+    _ignore_signals()
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
     sys.exit(128 + number)
+
+
+def _ignore_signals() -> None:
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _run() -> int:

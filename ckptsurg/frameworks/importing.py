@@ -33,6 +33,8 @@ def import_torch(label: str) -> Any:
         raise UsageError(
             f"{label}: is read by PyTorch, which is not installed", hint="pip install 'ckptsurg[torch]'"
         ) from None
+    except ImportError as error:
+        raise UsageError(f"{label}: is read by PyTorch, which cannot be imported: {shown(error)}") from None
     if torch.torch_version.TorchVersion(torch.__version__) < "2.6":
         raise UsageError(
             f"{label}: is not read with PyTorch {torch.__version__}, in which a file can run code although only "

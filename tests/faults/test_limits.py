@@ -10,6 +10,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -172,11 +173,183 @@ def test_a_killed_run_is_swept_up(overwriting, tmp_path, caplog):
     claim = claim_beside(folder / overwriting.out)
     (claim.folder / "output").mkdir()
     (claim.folder / "output" / "half").write_bytes(b"half")
-    (claim.folder / "link").symlink_to(folder / "base")
+    (claim.folder / "output" / "link").symlink_to(folder / "base")
     claim.release()  # as the system does for whoever is killed
     done = run(overwriting.command, folder)
     assert done.returncode == 0 and "removed 2 files that a stopped run left" in done.stderr
     assert overwriting.problems(contents(folder), 0) == overwriting.staged(folder) == []
+
+
+def test_a_killed_run_gives_the_old_manifest_back(tmp_path):
+    """It was taken away before weights were to be replaced, which they were not; and then the next run fails too."""
+    scene = make(tmp_path / "scene", **SCENES["file-overwritten"])
+    folder = scene.copied_to(tmp_path / "here")
+    killed = (
+        "strace",
+        "-f",
+        "-qq",
+        "-o",
+        "/dev/null",
+        "-e",
+        "trace=rename",
+        "-e",
+        "inject=rename:signal=SIGKILL:when=2",
+    )
+    assert run((*killed, *scene.command), folder).returncode == -9
+    assert not (folder / "out.freeze.json").exists()
+    failing = ("strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=pwrite64", "-e", "inject=pwrite64:error=ENOSPC")
+    assert run((*failing, *scene.command), folder).returncode == 4
+    assert {name: (folder / name).read_bytes() for name in scene.old} == scene.old
+    assert scene.retried(folder) == []
+
+
+def test_what_is_not_ours_is_not_swept_up(overwriting, tmp_path):
+    folder = overwriting.copied_to(tmp_path / "here")
+    theirs = folder / f".{overwriting.out}.ckptsurg"
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("precious")
+    done = run(overwriting.command, folder)
+    assert done.returncode == 4 and "in it is what is not: thesis.txt" in done.stderr
+    assert (theirs / "thesis.txt").read_text() == "precious"
+    (theirs / "thesis.txt").unlink()
+    (folder / "base").rename(theirs / "output")
+    shutil.copytree(theirs / "output", folder / "copy")
+    for base, out in ((theirs / "output", "elsewhere"), ("copy", theirs / "mine")):
+        command = [str(base) if one == "base" else one for one in REWRITE]
+        done = run((*command, "-o", out), folder)
+        assert done.returncode == 2 and "ckptsurg is where outputs are staged, and swept" in done.stderr
+    assert contents(theirs / "output") == contents(overwriting.before / "base")
+
+
+def test_where_there_are_no_locks_the_folder_is_the_lock(overwriting, tmp_path):
+    folder = overwriting.copied_to(tmp_path / "here")
+    lockless = ("strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=flock", "-e", "inject=flock:error=ENOLCK")
+    (folder / f".{overwriting.out}.ckptsurg").mkdir()
+    done = run((*lockless, *overwriting.command), folder)
+    assert done.returncode == 4 and "whether another run uses it cannot be told" in done.stderr
+    (folder / f".{overwriting.out}.ckptsurg").rmdir()
+    done = run((*lockless, *overwriting.command), folder)
+    assert overwriting.problems(contents(folder), done.returncode) == overwriting.staged(folder) == []
+
+
+def test_a_child_that_is_forked_neither_keeps_nor_breaks_a_run(overwriting, tmp_path):
+    folder = overwriting.copied_to(tmp_path / "here")
+    children = []
+
+    def fork(done: int, total: int) -> None:
+        if not children:
+            children.append(os.fork())
+            if not children[0]:
+                raise SystemExit  # through the clean-up of the run that it is a copy of
+
+    out = folder / overwriting.out
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
+        try:
+            ckptsurg.rewrite(folder / "spec.json", folder / "base", out, overwrite=True, jobs=1, progress=fork)
+        except SystemExit:
+            os._exit(0)
+    os.waitpid(children[0], 0)
+    assert overwriting.problems(contents(folder), 0) == overwriting.staged(folder) == []
+
+
+def test_a_place_where_nothing_can_be_made_is_no_endless_search(overwriting, tmp_path):
+    folder = overwriting.copied_to(tmp_path / "here")
+    done = run((*REWRITE, "-o", "/proc/out"), folder, timeout=20)
+    assert done.returncode == 4 and "/proc/out: No such file or directory" in done.stderr
+
+
+def test_a_disk_without_a_limit_has_room(large, tmp_path):
+    with mounted(tmp_path / "endless", "size=0") as endless:
+        assert run((*REWRITE, "-o", endless / "out"), large).returncode == 0
+
+
+def test_an_earlier_output_with_folders_that_may_not_be_written_to(tmp_path):
+    scene = make(tmp_path / "scene", **SCENES["folder-overwritten"])
+    folder = scene.copied_to(tmp_path / "here")
+    (folder / "out" / "logs").mkdir()
+    (folder / "out" / "logs" / "one").touch()
+    (folder / "out" / "logs").chmod(0o555)
+    heeding = ("setpriv", "--bounding-set=-dac_override") if os.geteuid() == 0 else ()
+    done = run((*heeding, *scene.command), folder)
+    assert scene.problems(contents(folder), done.returncode) == scene.staged(folder) == []
+
+
+def test_nohup_is_respected(overwriting, tmp_path):
+    folder = overwriting.copied_to(tmp_path / "here")
+    hung_up = ("strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=fsync", "-e", "inject=fsync:signal=SIGHUP:when=1")
+    assert run((*hung_up, *overwriting.command), folder).returncode == 129
+    done = run(("nohup", *hung_up, *overwriting.command), folder)
+    assert done.returncode == 0
+    assert overwriting.staged(folder) == []
+
+
+def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path):
+    scene = make(tmp_path / "scene", **SCENES["folder"])
+    folder = scene.copied_to(tmp_path / "here")
+
+    def meanwhile(done: int, total: int) -> None:
+        (folder / "out").mkdir(exist_ok=True)
+        (folder / "out" / "thesis.txt").write_text("precious")
+
+    with pytest.raises(ckptsurg.UsageError, match=r"holds no freeze\.json of ckptsurg, so it is not an earlier output"):
+        ckptsurg.rewrite(folder / "spec.json", folder / "base", folder / "out", overwrite=True, progress=meanwhile)
+    assert contents(folder / "out") == {"thesis.txt": b"precious"} and scene.staged(folder) == []
+
+
+def test_a_file_inside_an_earlier_output_is_refused(tmp_path):
+    """Its own manifest would stand beside one that does not describe it any more."""
+    scene = make(tmp_path / "scene", **SCENES["folder-overwritten"])
+    folder = scene.copied_to(tmp_path / "here")
+    (folder / "spec.json").write_text('{"version": 1, "freeze": "**"}')
+    before = contents(folder)
+    done = run((*REWRITE, "-o", "out/model-00001-of-00003.safetensors", "--overwrite"), folder)
+    assert done.returncode == 2 and "lies in an earlier output, whose freeze.json would not describe it" in done.stderr
+    assert contents(folder) == before
+
+
+def test_an_old_manifest_elsewhere_goes_before_new_weights_come(tmp_path):
+    scene = make(tmp_path / "scene", **SCENES["folder"])
+    folder = scene.copied_to(tmp_path / "here")
+    (folder / "spec.json").rename(folder / "new.json")
+    (folder / "spec.json").write_text('{"version": 1, "freeze": "block"}')
+    command = (*REWRITE, "-o", "out", "--manifest", "kept/all.json")
+    assert run(command, folder).returncode == 0
+    (folder / "new.json").rename(folder / "spec.json")
+    old = (folder / "kept" / "all.json").read_bytes()
+    for call in ("renameat2", "rename"):
+        here = tmp_path / call
+        shutil.copytree(folder, here)
+        for number in (1, 2):
+            injection = ("-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={number}")
+            run(("strace", "-f", "-qq", "-o", "/dev/null", *injection, *command, "--overwrite"), here)
+            is_new = (here / "out" / "freeze.json").read_bytes() == scene.new["out/freeze.json"]
+            kept = here / "kept" / "all.json"
+            assert not (is_new and kept.exists() and kept.read_bytes() == old)
+
+
+def test_a_manifest_that_appears_meanwhile(tmp_path):
+    """The weights have their name by then, and the message says so."""
+    scene = make(tmp_path / "scene", **SCENES["file"])
+    folder = scene.copied_to(tmp_path / "here")
+    slow = (
+        "strace",
+        "-f",
+        "-qq",
+        "-o",
+        "/dev/null",
+        "-e",
+        "trace=renameat2",
+        "-e",
+        "inject=renameat2:delay_enter=1s:when=2",
+    )
+    process = subprocess.Popen((*slow, *scene.command), cwd=folder, stderr=subprocess.PIPE, text=True)
+    while not (folder / "out.safetensors").exists():
+        assert process.poll() is None
+    (folder / "out.freeze.json").write_text("{}")
+    said = process.communicate()[1]
+    assert process.returncode == 2
+    assert "appeared while the output was made; the weights are published without it" in said
 
 
 def test_a_staging_folder_of_another_user_is_not_used(overwriting, tmp_path):

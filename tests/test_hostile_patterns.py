@@ -1,0 +1,99 @@
+"""Patterns, names and documents that are made to cost time or memory, or to be taken for others."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ckptsurg
+
+
+def write(path: Path, *names: str) -> Path:
+    """A checkpoint of two bytes a tensor."""
+    header = {name: {"dtype": "U8", "shape": [2], "data_offsets": [2 * n, 2 * n + 2]} for n, name in enumerate(names)}
+    raw = json.dumps(header).encode()
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(2 * len(names)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("{a,b}" * 15_000, "expands to more than 10,000 alternatives"),
+        ("{0..9999}" + "a" * 20_000, "expands to 10,000 alternatives of up to 20,004 characters, which is too long"),
+        ("re:" + "a{1000}" * 698 + "a" * 992, "not a regular expression that RE2 takes: pattern too large"),
+        ("a." * 8_000 + "b", "is longer than 4,096 characters or 256 segments"),
+        ("a" + "[1]" * 30_000 + "x", "is longer than 4,096 characters or 256 segments"),
+        ("**.*." * 2_000 + "w", "is longer than 4,096 characters or 256 segments"),
+        ("*." * 255 + "w", "matches nothing"),
+    ],
+)
+def test_patterns(tmp_path, pattern, said):
+    base = write(tmp_path / "x.safetensors", "a.b", "0." * 10_000 + "w")
+    with pytest.raises(ckptsurg.SpecError) as caught:
+        ckptsurg.plan({"version": 1, "freeze": pattern}, base)
+    assert said in str(caught.value)
+
+
+def test_slices_far_down(tmp_path):
+    base = write(tmp_path / "x.safetensors", "0." * 50_000 + "w")
+    assert ckptsurg.plan({"version": 1, "freeze": "**.*[0]"}, base).counts["frozen"] == 1
+
+
+def test_long_names_are_not_compared(tmp_path):
+    signs = "".join(chr(0x4E00 + number % 400) for number in range(30_000))
+    base = write(tmp_path / "x.safetensors", signs)
+    with pytest.raises(ckptsurg.SpecError):
+        ckptsurg.plan({"version": 1, "freeze": signs[4000:0:-1]}, base)
+
+
+def test_of_many_problems_some_are_told(tmp_path):
+    (tmp_path / "spec.json").write_text(json.dumps({"version": 1, "freeze": [1] * 100_000}))
+    with pytest.raises(ckptsurg.SpecError) as caught:
+        ckptsurg.load_spec(tmp_path / "spec.json")
+    said = str(caught.value)
+    assert "more" in said.splitlines()[0] + said.splitlines()[-1] and len(said) < 20_000
+
+
+def test_a_shape_that_no_file_holds(tmp_path):
+    base = write(tmp_path / "x.safetensors", "a")
+    spec = {"version": 1, "add": [{"name": "b", "shape": [2**62, 2**62], "dtype": "F32", "init": "zeros"}]}
+    with pytest.raises(ckptsurg.SpecError, match="b: a shape of more than 9,223,372,036,854,775,807 elements"):
+        ckptsurg.plan(spec, base)
+
+
+def test_a_tensor_without_a_name_stands_for_no_other(tmp_path):
+    manifest = ckptsurg.make_manifest("**", write(tmp_path / "x.safetensors", "a"))
+    nameless = write(tmp_path / "y.safetensors", "")
+    report = ckptsurg.verify(manifest, nameless)
+    assert [(one.name, one.verdict) for one in report.drifted] == [("a", "missing")] and report.extra == ("",)
+
+
+def test_a_file_name_that_is_not_utf8(tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.safetensors"))
+    write(path, "a")
+    command = [sys.executable, "-m", "ckptsurg", "inspect", os.fsencode(path), "--json"]
+    done = subprocess.run(command, capture_output=True, check=True)
+    assert json.loads(done.stdout)["files"] == [{"file": "\\xff.safetensors", "size": path.stat().st_size}]
+    assert ckptsurg.make_manifest("**", path).base[0].file == "\\xff.safetensors"
+
+
+def test_what_metadata_says_is_shown_safely(tmp_path, caplog):
+    names = ("z\u202e\x1b[2J.safetensors", "a.safetensors")
+    for number, name in enumerate(names):
+        header = {
+            "__metadata__": {"k": f"{number}\x1b" * 1000},
+            f"t{number}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]},
+        }
+        raw = json.dumps(header).encode()
+        (tmp_path / name).write_bytes(len(raw).to_bytes(8, "little") + raw)
+    index = {"metadata": {}, "weight_map": {"t0": names[0], "t1": names[1]}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with ckptsurg.open_checkpoint(tmp_path) as checkpoint:
+        [clash] = checkpoint.clashes
+    assert clash.isprintable() and len(clash) < 400
