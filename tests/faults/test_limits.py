@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -275,12 +276,13 @@ def test_an_earlier_output_with_folders_that_may_not_be_written_to(tmp_path):
     assert scene.problems(contents(folder), done.returncode) == scene.staged(folder) == []
 
 
-def test_nohup_is_respected(overwriting, tmp_path):
+@pytest.mark.parametrize(("before", "code"), [(signal.SIG_DFL, 129), (signal.SIG_IGN, 0)])
+def test_who_ignores_that_the_terminal_is_gone_goes_on(overwriting, tmp_path, before, code):
+    """As nohup has it."""
     folder = overwriting.copied_to(tmp_path / "here")
     hung_up = ("strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=fsync", "-e", "inject=fsync:signal=SIGHUP:when=1")
-    assert run((*hung_up, *overwriting.command), folder).returncode == 129
-    done = run(("nohup", *hung_up, *overwriting.command), folder)
-    assert done.returncode == 0
+    heeding = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, before)}
+    assert run((*hung_up, *overwriting.command), folder, **heeding).returncode == code
     assert overwriting.staged(folder) == []
 
 
