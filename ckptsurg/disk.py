@@ -121,11 +121,13 @@ def remove_folder(folder: Path) -> None:
 
 def remove_all(folder: Path) -> None:
     """Remove a folder with all that is in it, also what is in folders that may not be written to."""
-    shutil.rmtree(folder, ignore_errors=True)
-    if folder.is_dir():
+    with suppress(OSError):
+        before = folder.lstat()
+        shutil.rmtree(folder, ignore_errors=True)
+        if not os.path.samestat(folder.lstat(), before):
+            return  # somebody else's by now
         for place, _, _ in os.walk(folder):
-            with suppress(OSError):
-                Path(place).chmod(0o700)
+            Path(place).chmod(0o700)
         shutil.rmtree(folder, ignore_errors=True)
 
 
