@@ -240,4 +240,4 @@ def selected_names(
     selection = select(spec, ("freeze",), spec.freeze or (), space)
     if selection.problems:
         raise SpecError("patterns", [replace(problem, path="") for problem in selection.problems])
-    return [name for name in tensors if name in selection.names]
+    return space.names.in_order(selection.names)

@@ -66,12 +66,7 @@ def refuse_manifest_target(path: Path, *, overwrite: bool) -> None:
     Raises:
         UsageError: if it is, and not to be overwritten or not by a manifest.
     """
-    if not os.path.lexists(path):
-        return
-    if not overwrite:
-        raise UsageError(f"{shown(path)}: exists already", hint=_OVERWRITE)
-    if not _is_manifest(path):
-        raise UsageError(f"{shown(path)}: is no manifest of ckptsurg and is not replaced; choose another place")
+    _refuse_taken(path, "manifest", _is_manifest, overwrite=overwrite)
 
 
 def refuse_statement_target(path: Path, is_statement: Callable[[Path], bool], *, overwrite: bool) -> None:
@@ -80,10 +75,16 @@ def refuse_statement_target(path: Path, is_statement: Callable[[Path], bool], *,
     Raises:
         UsageError: if it is, and not to be overwritten or not by a statement.
     """
-    if os.path.lexists(path) and not overwrite:
+    _refuse_taken(path, "statement", is_statement, overwrite=overwrite)
+
+
+def _refuse_taken(path: Path, kind: str, is_one: Callable[[Path], bool], *, overwrite: bool) -> None:
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
         raise UsageError(f"{shown(path)}: exists already", hint=_OVERWRITE)
-    if os.path.lexists(path) and not is_statement(path):
-        raise UsageError(f"{shown(path)}: is no statement of ckptsurg and is not replaced; choose another place")
+    if not is_one(path):
+        raise UsageError(f"{shown(path)}: is no {kind} of ckptsurg and is not replaced; choose another place")
 
 
 def _refuse_hidden(path: Path) -> None:

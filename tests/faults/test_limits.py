@@ -28,6 +28,11 @@ from .scenes import REWRITE, SCENES, Scene, contents, make, run
 MIB = 1 << 20
 
 
+def faulty(call: str, fault: str) -> tuple[str, ...]:
+    """What a command is run under so that a fault is put into a system call."""
+    return ("strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={call}", "-e", f"inject={call}:{fault}")
+
+
 @contextmanager
 def mounted(folder: Path, options: str) -> Iterator[Path]:
     """A file system in memory."""
@@ -185,20 +190,10 @@ def test_a_killed_run_gives_the_old_manifest_back(tmp_path):
     """It was taken away before weights were to be replaced, which they were not; and then the next run fails too."""
     scene = make(tmp_path / "scene", **SCENES["file-overwritten"])
     folder = scene.copied_to(tmp_path / "here")
-    killed = (
-        "strace",
-        "-f",
-        "-qq",
-        "-o",
-        "/dev/null",
-        "-e",
-        "trace=rename",
-        "-e",
-        "inject=rename:signal=SIGKILL:when=2",
-    )
+    killed = faulty("rename", "signal=SIGKILL:when=2")
     assert run((*killed, *scene.command), folder).returncode == -9
     assert not (folder / "out.freeze.json").exists()
-    failing = ("strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=pwrite64", "-e", "inject=pwrite64:error=ENOSPC")
+    failing = faulty("pwrite64", "error=ENOSPC")
     assert run((*failing, *scene.command), folder).returncode == 4
     assert {name: (folder / name).read_bytes() for name in scene.old} == scene.old
     assert scene.retried(folder) == []
@@ -224,7 +219,7 @@ def test_what_is_not_ours_is_not_swept_up(overwriting, tmp_path):
 
 def test_where_there_are_no_locks_the_folder_is_the_lock(overwriting, tmp_path):
     folder = overwriting.copied_to(tmp_path / "here")
-    lockless = ("strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=flock", "-e", "inject=flock:error=ENOLCK")
+    lockless = faulty("flock", "error=ENOLCK")
     (folder / f".{overwriting.out}.ckptsurg").mkdir()
     done = run((*lockless, *overwriting.command), folder)
     assert done.returncode == 4 and "whether another run uses it cannot be told" in done.stderr
@@ -280,7 +275,7 @@ def test_an_earlier_output_with_folders_that_may_not_be_written_to(tmp_path):
 def test_who_ignores_that_the_terminal_is_gone_goes_on(overwriting, tmp_path, before, code):
     """As nohup has it."""
     folder = overwriting.copied_to(tmp_path / "here")
-    hung_up = ("strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=fsync", "-e", "inject=fsync:signal=SIGHUP:when=1")
+    hung_up = faulty("fsync", "signal=SIGHUP:when=1")
     heeding = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, before)}
     assert run((*hung_up, *overwriting.command), folder, **heeding).returncode == code
     assert overwriting.staged(folder) == []
@@ -323,8 +318,7 @@ def test_an_old_manifest_elsewhere_goes_before_new_weights_come(tmp_path):
         here = tmp_path / call
         shutil.copytree(folder, here)
         for number in (1, 2):
-            injection = ("-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={number}")
-            run(("strace", "-f", "-qq", "-o", "/dev/null", *injection, *command, "--overwrite"), here)
+            run((*faulty(call, f"signal=SIGKILL:when={number}"), *command, "--overwrite"), here)
             is_new = (here / "out" / "freeze.json").read_bytes() == scene.new["out/freeze.json"]
             kept = here / "kept" / "all.json"
             assert not (is_new and kept.exists() and kept.read_bytes() == old)
@@ -334,17 +328,7 @@ def test_a_manifest_that_appears_meanwhile(tmp_path):
     """The weights have their name by then, and the message says so."""
     scene = make(tmp_path / "scene", **SCENES["file"])
     folder = scene.copied_to(tmp_path / "here")
-    slow = (
-        "strace",
-        "-f",
-        "-qq",
-        "-o",
-        "/dev/null",
-        "-e",
-        "trace=renameat2",
-        "-e",
-        "inject=renameat2:delay_enter=1s:when=2",
-    )
+    slow = faulty("renameat2", "delay_enter=1s:when=2")
     process = subprocess.Popen((*slow, *scene.command), cwd=folder, stderr=subprocess.PIPE, text=True)
     while not (folder / "out.safetensors").exists():
         assert process.poll() is None
@@ -381,17 +365,7 @@ def test_a_base_that_changes_while_it_is_read(overwriting, tmp_path, deed, said)
     """By another process, while the run waits for the disk to have its first file."""
     folder = overwriting.copied_to(tmp_path / "here")
     file = sorted((folder / "base").glob("*.safetensors"))[-1]
-    waiting = (
-        "strace",
-        "-f",
-        "-qq",
-        "-o",
-        "/dev/null",
-        "-e",
-        "trace=fsync",
-        "-e",
-        "inject=fsync:delay_enter=1s:when=1",
-    )
+    waiting = faulty("fsync", "delay_enter=1s:when=1")
     process = subprocess.Popen((*waiting, *overwriting.command), cwd=folder, stderr=subprocess.PIPE, text=True)
     staged = folder / f".{overwriting.out}.ckptsurg" / "output"
     while not any(staged.glob("*.safetensors")):
