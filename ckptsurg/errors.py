@@ -15,7 +15,7 @@ The number is the exit code of the command line. ``hint`` says what to do next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
@@ -34,11 +34,7 @@ __all__ = [
     "SystemFailure",
     "UsageError",
     "system_failures",
-    "uninterrupted",
 ]
-
-#: Of an action that must come to its end; so that one that fails each time ends too.
-_MOST_INTERRUPTIONS = 8
 
 
 class CkptsurgError(Exception):
@@ -155,16 +151,3 @@ def system_failures(label: str, consequence: str = "") -> Iterator[None]:
         name = f" ({shown(failure.filename)})" if failure.filename else ""
         reason = f"{label}: {failure.strerror or failure}{name}"
         raise SystemFailure(f"{reason}; {consequence}" if consequence else reason) from failure
-
-
-def uninterrupted(action: Callable[[], object]) -> None:
-    """Do what may be begun anew, to its end, whoever interrupts; the interruption is raised again afterwards."""
-    interruption: BaseException | None = None
-    for _ in range(_MOST_INTERRUPTIONS):
-        try:
-            action()
-            break
-        except BaseException as raised:  # signal handlers raise what they like
-            interruption = raised
-    if interruption is not None:
-        raise interruption

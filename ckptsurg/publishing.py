@@ -17,13 +17,16 @@ from . import disk
 from .checkpoints import StoredFile, open_regular
 from .claiming import claim_beside
 from .copying import Target
-from .errors import CheckpointError, CkptsurgError, SystemFailure, UsageError, system_failures, uninterrupted
+from .errors import CheckpointError, CkptsurgError, SystemFailure, UsageError, system_failures
 from .targets import refuse_manifest_target, refuse_stranger
 from .wording import shown
 
 __all__ = ["Staging", "publish_document", "staged"]
 
 _log = logging.getLogger("ckptsurg")
+
+#: Of a clean-up that must come to its end; so that one that fails each time ends too.
+_MOST_INTERRUPTIONS = 8
 
 
 class Staging:
@@ -69,7 +72,7 @@ class Staging:
     def remove(self) -> None:
         """Take the folder away, with what is left in it; what was withdrawn comes back if nothing was published."""
         try:
-            uninterrupted(self._clear)
+            _uninterrupted(self._clear)
         finally:
             self._claim.release()
 
@@ -274,6 +277,19 @@ def publish_document(content: bytes, path: Path, *, overwrite: bool) -> None:
     with staged(path, len(content)) as staging:
         staging.write(path.name, content)
         staging.publish_file(path.name, path, overwrite=overwrite)
+
+
+def _uninterrupted(action: Callable[[], object]) -> None:
+    """Do what may be begun anew, to its end, whoever interrupts; the interruption is raised again afterwards."""
+    interruption: BaseException | None = None
+    for _ in range(_MOST_INTERRUPTIONS):
+        try:
+            action()
+            break
+        except BaseException as raised:  # signal handlers raise what they like
+            interruption = raised
+    if interruption is not None:
+        raise interruption
 
 
 def _make_folders(folder: Path) -> None:
