@@ -122,7 +122,7 @@ def _document(path: Path) -> dict[str, Any]:
     try:
         document = parse_json(read_small(path, _MOST_BYTES).decode())
     except ValueError as failure:
-        _malformed(label, "", f"is no JSON: {shown(failure)}")
+        _malformed(label, "", shown(failure))
     if not isinstance(document, dict):
         _malformed(label, "", "is no object")
     return document
