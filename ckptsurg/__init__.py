@@ -26,6 +26,7 @@ Data flows one way; each module knows only those further down in its line or bel
       defaults                       what ``default`` draws
     spec, plans, manifest, report    the four documents; documents, texts and parsing take them strictly
     header, checkpoints          the safetensors header, and files held open
+      containment                    files of a folder that are in it, links followed
     tensors, errors, wording     what all others speak of
 """
 

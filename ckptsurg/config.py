@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .checkpoints import read_small
+from .containment import contained
 from .errors import CheckpointError, Problem, SpecError, UsageError
 from .parsing import parse_json
 from .spec import Spec
@@ -37,16 +40,15 @@ def edited_config(spec: Spec, folder: Path | None) -> tuple[bytes | None, list[s
     if folder is None:
         message = "the base is a lone file and has no config.json; give the folder of the model, or leave `config` out"
         raise SpecError(spec.label, [spec.problem(("config",), message)])
-    config = _read(folder / CONFIG_NAME)
+    config = _read(folder)
     if config is None:
         message = f"{shown(folder)} has no config.json to edit"
         raise SpecError(spec.label, [spec.problem(("config",), message)])
     problems: list[Problem] = []
     notes: list[str] = []
     for path in spec.config.set:
-        for other in spec.config.set:
-            if other.startswith(f"{path}."):
-                problems.append(spec.problem(("config", "set", other), f"{shown(path)} is set too, as a whole"))
+        if (whole := next((one for one in _above(path) if one in spec.config.set), None)) is not None:
+            problems.append(spec.problem(("config", "set", path), f"{shown(whole)} is set too, as a whole"))
     for position, path in enumerate(spec.config.unset):
         parent, key = _parent(config, path, create=False)
         if parent is None or key not in parent:
@@ -67,9 +69,17 @@ def edited_config(spec: Spec, folder: Path | None) -> tuple[bytes | None, list[s
     return json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n", notes
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _above(path: str) -> Iterator[str]:
+    """``a.b`` and ``a`` for ``a.b.c``."""
+    while "." in path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    path = folder / CONFIG_NAME
     try:
-        raw = read_small(path, MAX_CONFIG_BYTES)
+        raw = read_small(contained(path, folder), MAX_CONFIG_BYTES, os.O_NOFOLLOW)
     except UsageError:  # there is none
         return None
     try:

@@ -385,6 +385,9 @@ def test_a_companion_that_is_a_link_out_of_the_folder_is_not_brought_along(
     with pytest.raises(ckptsurg.CheckpointError, match=f"{name}: is a link that leaves the folder"):
         ckptsurg.rewrite({"version": 1, "freeze": "**", **edits}, folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    if edits and name == "config.json":  # nor is it read for a plan
+        with pytest.raises(ckptsurg.CheckpointError, match="is a link that leaves the folder"):
+            ckptsurg.plan({"version": 1, "freeze": "**", **edits}, folder)
 
 
 # --- What is no regular file ------------------------------------------------------------------------
