@@ -254,12 +254,57 @@ def test_exit_codes(folder, code, arguments):
         assert done.stdout == "" and len(done.stderr.strip().splitlines()) <= 4
 
 
-def test_every_error_has_an_exit_code_of_its_own_kind():
+EXIT_CODES = {
+    "CkptsurgError": 2,
+    "UsageError": 2,
+    "DocumentError": 2,
+    "SpecError": 2,
+    "ManifestError": 2,
+    "FreezeError": 2,
+    "CheckpointError": 3,
+    "SystemFailure": 4,
+    "FrozenWeightsChanged": 1,
+}
+PROBLEMS = "('spec.yaml', [errors.Problem('reinit[0]', 'it')])"
+ARGUMENTS = dict.fromkeys(EXIT_CODES, "('it')") | dict.fromkeys(
+    ("DocumentError", "SpecError", "ManifestError"), PROBLEMS
+)
+
+#: Whatever a command raises; the first is what libraries in Rust raise when they panic, which is no Exception.
+RAISED = {
+    "class Panic(BaseException): pass\nraised = Panic('a thread')": (4, "unforeseen Panic: a thread"),
+    "raised = RuntimeError('two\\nlines\\x1b')": (4, "unforeseen RuntimeError: two\\nlines\\x1b"),
+    "raised = RecursionError()": (4, "unforeseen RecursionError"),
+    "raised = SystemError()": (4, "unforeseen SystemError"),
+    "raised = MemoryError()": (4, "out of memory"),
+    "raised = OSError(5, 'Input/output error', 'x')": (4, "Input/output error (x)"),
+    "raised = KeyboardInterrupt()": (130, "interrupted"),
+    **{f"raised = errors.{name}{ARGUMENTS[name]}": (code, "it") for name, code in EXIT_CODES.items()},
+}
+
+
+def test_no_error_has_the_exit_code_of_success_and_all_kinds_are_here():
     def walk(kind: type) -> list[type]:
         return [kind, *(below for child in kind.__subclasses__() for below in walk(child))]
 
-    codes = {kind.__name__: kind.exit_code for kind in walk(ckptsurg.CkptsurgError)}
-    assert set(codes.values()) == {1, 2, 3, 4} and 0 not in codes.values()
+    assert {kind.__name__: kind.exit_code for kind in walk(ckptsurg.CkptsurgError)} == EXIT_CODES
+    assert set(EXIT_CODES.values()) == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("raised", RAISED)
+def test_whatever_a_command_raises_is_one_message_and_no_success(folder, raised):
+    program = (
+        f"from ckptsurg import api, cli, errors\n{raised}\ndef fail(*_): raise raised\napi.inspect = fail\ncli.main()"
+    )
+    command = [sys.executable, "-c", program, "inspect", "base.safetensors"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    code, message = RAISED[raised]
+    assert done.returncode == code and message in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == "" and len(done.stderr.strip().splitlines()) <= 2
+    shown = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env=os.environ | {"CKPTSURG_TRACEBACK": "1"}
+    )
+    assert ("Traceback" in shown.stderr) == ("unforeseen" in message) and shown.returncode == code
 
 
 #: A shell starts what it puts in the background so that it ignores SIGINT, and so do its children.

@@ -13,12 +13,15 @@ from typing import NoReturn
 import click
 
 from ..errors import CkptsurgError
+from ..wording import shown
 
 __all__ = ["main"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _INTERRUPTED = 130
 _SYSTEM_FAILED = 4
+#: Names the variable by which whoever looks for a bug sees where it is.
+_TRACEBACK = "CKPTSURG_TRACEBACK"
 
 
 def main() -> NoReturn:
@@ -78,6 +81,13 @@ def _run() -> int:
         return _complain(f"{error.strerror or error}{place}", None, _SYSTEM_FAILED)
     except MemoryError:
         return _complain("out of memory", None, _SYSTEM_FAILED)
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a library in Rust that panics raises no Exception
+        if os.environ.get(_TRACEBACK):
+            sys.excepthook(*sys.exc_info())
+        hint = f"this is not your fault; please report it, with what {_TRACEBACK}=1 prints"
+        return _complain(f"unforeseen {type(error).__name__}: {shown(error)}", hint, _SYSTEM_FAILED)
     return code if isinstance(code, int) else 0
 
 
