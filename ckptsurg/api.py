@@ -6,8 +6,9 @@ Each imports its stages itself: what one needs (numpy, pydantic's models) would 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -53,13 +54,14 @@ __all__ = [
     "inspect",
     "load_names",
     "make_manifest",
+    "place_for_manifest",
+    "place_for_statement",
     "plan",
     "plan_with_spec",
     "rewrite",
     "verify",
     "verify_and_attest",
     "write_manifest",
-    "write_statement",
 ]
 
 
@@ -361,12 +363,21 @@ def write_manifest(manifest: Manifest, path: PathLike, *, overwrite: bool = Fals
         UsageError: if the path exists and is not to be overwritten, or holds anything but a manifest.
         SystemFailure: if the system fails; nothing is published then.
     """
+    place_for_manifest(path, overwrite=overwrite)(manifest.to_bytes())
+
+
+def place_for_manifest(path: PathLike, *, overwrite: bool = False) -> Callable[[bytes], None]:
+    """Where a manifest may be published, refused before any work is done for it; arguments as of ``write_manifest``.
+
+    Returns:
+        What publishes it, given its bytes.
+    """
     from .publishing import publish_document
     from .targets import refuse_manifest_target
 
     target = as_path(path)
     refuse_manifest_target(target, overwrite=overwrite)
-    publish_document(manifest.to_bytes(), target, overwrite=overwrite)
+    return partial(publish_document, path=target, overwrite=overwrite)
 
 
 def attest(
@@ -409,12 +420,14 @@ def verify_and_attest(
         return report, attesting.of_report(document, report, trained, jobs=as_jobs(jobs))
 
 
-def write_statement(statement: bytes, path: PathLike, *, overwrite: bool = False) -> None:
-    """Publish a statement.
+def place_for_statement(path: PathLike, *, overwrite: bool = False) -> Callable[[bytes], None]:
+    """Where a statement may be published, refused before any work is done for it.
+
+    Returns:
+        What publishes it, given its bytes; it raises SystemFailure if the system fails, with nothing published.
 
     Raises:
         UsageError: if the path exists and is not to be overwritten, or holds anything but a statement.
-        SystemFailure: if the system fails; nothing is published then.
     """
     from .attesting import is_statement
     from .publishing import publish_document
@@ -422,7 +435,7 @@ def write_statement(statement: bytes, path: PathLike, *, overwrite: bool = False
 
     target = as_path(path)
     refuse_statement_target(target, is_statement, overwrite=overwrite)
-    publish_document(statement, target, overwrite=overwrite)
+    return partial(publish_document, path=target, overwrite=overwrite)
 
 
 def load_names(path: PathLike) -> dict[str, str]:

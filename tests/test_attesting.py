@@ -23,7 +23,7 @@ from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import CryptoSigner
 
 import ckptsurg
-from ckptsurg.api import attest, verify_and_attest, write_statement
+from ckptsurg.api import attest, verify_and_attest
 
 SPEC = {
     "version": 1,
@@ -217,11 +217,17 @@ def test_the_commands(out, tmp_path):
     assert "(the manifest is pinned)" in run(tmp_path, "verify", "out", "out", "--root", root).stdout
 
 
-def test_a_statement_replaces_only_a_statement(out, tmp_path):
+def test_a_statement_replaces_only_a_statement_and_that_is_said_before_the_work(out, tmp_path):
     (tmp_path / "mine.json").write_text("{}")
-    with pytest.raises(ckptsurg.UsageError, match=r"mine\.json: is no statement of ckptsurg and is not replaced"):
-        write_statement(attest(out, out), tmp_path / "mine.json", overwrite=True)
-    write_statement(attest(out, out), tmp_path / "new.json")
-    with pytest.raises(ckptsurg.UsageError, match=r"new\.json: exists already"):
-        write_statement(attest(out, out), tmp_path / "new.json")
-    write_statement(attest(out, out), tmp_path / "new.json", overwrite=True)
+    for command in (["attest", "out", "out", "-o"], ["verify", "out", "out", "--statement"]):
+        done = run(tmp_path, *command, "mine.json", "--overwrite")
+        assert done.returncode == 2 and "mine.json: is no statement of ckptsurg and is not replaced" in done.stderr
+        assert run(tmp_path, *command, f"{command[0]}.json").returncode == 0
+        done = run(tmp_path, *command, f"{command[0]}.json")
+        assert (done.returncode, done.stdout) == (2, "") and ".json: exists already" in done.stderr
+        assert run(tmp_path, *command, f"{command[0]}.json", "--overwrite").returncode == 0
+    before = (tmp_path / "attest.json").read_bytes()
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"")  # with which no work can be begun
+    assert run(tmp_path, "attest", "out", "out", "-o", "attest.json").returncode == 2
+    assert run(tmp_path, "attest", "out", "out", "-o", "attest.json", "--overwrite").returncode == 3
+    assert (tmp_path / "attest.json").read_bytes() == before

@@ -247,15 +247,16 @@ def manifest(
     as_json: bool,
 ) -> None:
     """Write the manifest of a checkpoint that is trained as it is."""
-    from ..api import make_manifest, write_manifest
+    from ..api import make_manifest, place_for_manifest
     from ..coercing import opened_with
     from . import rendering
 
+    publish = place_for_manifest(out, overwrite=overwrite)
     with opened_with(model, ckpt) as [base], rendering.progress("manifest") as advance:
         result = make_manifest(
             spec, base, digest=digest, trust_base_manifest=trust_base_manifest, jobs=jobs, progress=advance
         )
-    write_manifest(result, out, overwrite=overwrite)
+    publish(result.to_bytes())
     if as_json:
         _print_document(result)
     else:
@@ -306,12 +307,12 @@ def verify(
     Exit codes: 0 every one has; 1 one has not; 2 bad usage or manifest; 3 a malformed checkpoint; 4 the system failed.
     MANIFEST may also be the output, file or folder, that it stands by.
     """
-    from ..api import load_names, verify, verify_and_attest, write_statement
+    from ..api import load_names, place_for_statement, verify, verify_and_attest
     from ..coercing import opened_with
     from . import rendering
 
     paths = [ckpt] if baseline is None else [ckpt, baseline]
-    written = None
+    publish = None if statement is None else place_for_statement(statement, overwrite=overwrite)
     with opened_with(model, *paths) as [trained, *before], rendering.progress("verify") as advance:
         asked: dict[str, Any] = {
             "baseline": before[0] if before else None,
@@ -326,12 +327,11 @@ def verify(
             "jobs": jobs,
             "progress": advance,
         }
-        if statement is None:
+        if publish is None:
             result = verify(manifest, trained, **asked)
         else:
-            result, written = verify_and_attest(manifest, trained, **asked)
-    if statement is not None and written is not None:
-        write_statement(written, statement, overwrite=overwrite)
+            result, stated = verify_and_attest(manifest, trained, **asked)
+            publish(stated)
     if as_json:
         _print_document(result)
     else:
@@ -351,12 +351,13 @@ def attest(manifest: Path, ckpt: Path, out: Path, overwrite: bool, jobs: int | N
 
     CKPT is the output that MANIFEST was published with; every tensor is compared with it first.
     """
-    from ..api import attest, write_statement
+    from ..api import attest, place_for_statement
     from . import rendering
 
+    publish = place_for_statement(out, overwrite=overwrite)
     with rendering.progress("attest") as advance:
         statement = attest(manifest, ckpt, jobs=jobs, progress=advance)
-    write_statement(statement, out, overwrite=overwrite)
+    publish(statement)
     if as_json:
         click.echo(statement.decode())
     else:
