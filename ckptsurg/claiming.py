@@ -149,6 +149,9 @@ def _opened(target: Path, folder: Path) -> Claim | None:
         return Claim(target, folder, os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
     except FileNotFoundError:
         return None
+    except NotADirectoryError:
+        message = f"{shown(target)}: {shown(folder)} is where it would be staged, and is no folder"
+        raise SystemFailure(message, hint="move that away, or choose another output") from None
 
 
 def is_hidden_name(name: str) -> bool:

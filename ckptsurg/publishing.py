@@ -309,6 +309,8 @@ def _make_folders(folder: Path) -> None:
 def _exchange(staged: Path, out: Path) -> None:
     try:
         disk.exchange(staged, out)
-    except NotImplementedError:
-        message = f"{shown(out)}: this system cannot exchange two folders; remove the old output first"
-        raise SystemFailure(message) from None
+    except (NotImplementedError, OSError) as failure:
+        if isinstance(failure, OSError) and failure.errno != errno.EXDEV:  # as overlayfs says of what lies below it
+            raise
+        message = f"{shown(out)}: the file system cannot exchange two folders; nothing was published"
+        raise SystemFailure(message, hint="remove the old output first, or choose another place") from None

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 
 import ckptsurg
 
+from .filesystems import mounted
+
 MIB = 1 << 20
 #: One tensor of several pieces, of an odd length; runs of small ones; an empty one.
 SIZES = {"a.0": 5 * MIB + 13, "a.1": 7, "a.2": 0, "b.huge": 37 * MIB + 1, "c.0": 4096, "c.1": 3 * MIB, "head": 65_536}
@@ -249,22 +251,9 @@ def test_trust_is_the_users_and_verify_tells_when_it_was_misplaced(base, tmp_pat
 
 @pytest.fixture(scope="module", params=["xfs", "btrfs"])
 def sharing(request, tmp_path_factory) -> Iterator[Path]:
-    """A file system whose files can share blocks, on a loop device; to mount it takes root."""
-    folder = tmp_path_factory.mktemp(request.param)
-    image, place = folder / "image", folder / "mounted"
-    place.mkdir()
-    with image.open("wb") as file:
-        file.truncate(400 * MIB)
-    make = {"xfs": ["mkfs.xfs", "-q", "-m", "reflink=1"], "btrfs": ["mkfs.btrfs", "-q"]}[request.param]
-    as_root = [] if os.geteuid() == 0 else ["sudo", "-n"]
-    subprocess.run([*make, image], check=True)
-    subprocess.run([*as_root, "mount", "-o", "loop", image, place], check=True)
-    try:
-        subprocess.run([*as_root, "chmod", "777", place], check=True)
+    """A file system whose files can share blocks."""
+    with mounted(tmp_path_factory.mktemp(request.param) / "mounted", request.param) as place:
         yield place
-    finally:
-        subprocess.run([*as_root, "umount", place], check=True)
-        image.unlink()
 
 
 def _shared_bytes(path: Path) -> int:

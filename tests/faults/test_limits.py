@@ -12,8 +12,6 @@ import stat
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,7 @@ from safetensors.torch import save_file
 import ckptsurg
 from ckptsurg.claiming import claim_beside
 
+from ..filesystems import mounted
 from .scenes import REWRITE, SCENES, Scene, contents, make, run
 
 MIB = 1 << 20
@@ -31,17 +30,6 @@ MIB = 1 << 20
 def faulty(call: str, fault: str) -> tuple[str, ...]:
     """What a command is run under so that a fault is put into a system call."""
     return ("strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={call}", "-e", f"inject={call}:{fault}")
-
-
-@contextmanager
-def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """A file system in memory."""
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], check=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True)
 
 
 @pytest.fixture(scope="module", params=["file-overwritten", "folder-overwritten"])
@@ -63,7 +51,7 @@ def large(tmp_path) -> Path:
 
 @pytest.mark.parametrize("name", ["out", "out.safetensors"])
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(large, tmp_path, name):
-    with mounted(tmp_path / "small", "size=1m") as small:
+    with mounted(tmp_path / "small", "tmpfs", "size=1m") as small:
         done = run((*REWRITE, "-o", small / name), large)
         assert done.returncode == 4 and "bytes, but the file system has 1,0" in done.stderr
         assert list(small.iterdir()) == []
@@ -72,7 +60,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(large, t
 @pytest.mark.parametrize("inodes", range(2, 9))
 def test_a_disk_that_fills_up_meanwhile(overwriting, tmp_path, inodes):
     """Of inodes there are only so many: at each of them in turn it is full."""
-    with mounted(tmp_path / "few", "size=8m") as few:
+    with mounted(tmp_path / "few", "tmpfs", "size=8m") as few:
         folder = overwriting.copied_to(few / "here")
         taken = sum(1 for _ in few.rglob("*")) + 1
         subprocess.run(["mount", "-o", f"remount,nr_inodes={taken + inodes}", few], check=True)
@@ -85,7 +73,7 @@ def test_a_disk_that_fills_up_meanwhile(overwriting, tmp_path, inodes):
 
 
 def test_a_disk_that_cannot_be_written_to(overwriting, tmp_path):
-    with mounted(tmp_path / "fixed", "size=8m") as fixed:
+    with mounted(tmp_path / "fixed", "tmpfs", "size=8m") as fixed:
         folder = overwriting.copied_to(fixed / "here")
         subprocess.run(["mount", "-o", "remount,ro", fixed], check=True)
         done = run(overwriting.command, folder)
@@ -137,16 +125,33 @@ def test_a_quarter_of_the_checkpoint_is_memory_enough(tmp_path):
 # --- Modes ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["ext4", "tmpfs", "xfs", "btrfs", "overlay"])
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o027])
-@pytest.mark.parametrize("name", ["out", "out.safetensors"])
-def test_modes_follow_the_umask(large, name, umask):
-    done = run((*REWRITE, "-o", name), large, umask=umask)
-    assert done.returncode == 0
-    made = [path for path in large.rglob("*") if "base" not in path.parts and path.name != "spec.json"]
-    for path in made:
-        expected = (0o777 if path.is_dir() else 0o666) & ~umask
-        assert stat.S_IMODE(path.stat().st_mode) == expected, path
-    assert made
+def test_modes_follow_the_umask_and_bytes_nothing(overwriting, tmp_path, umask, kind):
+    with mounted(tmp_path / "there", kind) as there:
+        folder = overwriting.copied_to(there / "here")
+        done = run(overwriting.command, folder, umask=umask)
+        # The new output is what it is on the file system that the scene was made on.
+        assert overwriting.problems(contents(folder), done.returncode) == overwriting.staged(folder) == [], done.stderr
+        made = [folder / overwriting.out, *(folder / overwriting.out).rglob("*"), *folder.glob("*.freeze.json")]
+        for path in made:
+            expected = (0o777 if path.is_dir() else 0o666) & ~umask
+            assert stat.S_IMODE(path.stat().st_mode) == expected, path
+        assert len(made) > 1 and done.returncode == 0
+
+
+def test_an_old_output_that_cannot_be_exchanged_stays(tmp_path):
+    """A folder below an overlay is another file system's, as in a container's image."""
+    scene = make(tmp_path / "scene", **SCENES["folder-overwritten"])
+    scene.copied_to(tmp_path / "below")
+    with mounted(tmp_path / "over", "overlay") as folder:
+        done = run(scene.command, folder)
+        assert done.returncode == 4 and "out: the file system cannot exchange two folders; nothing was" in done.stderr
+        assert "remove the old output first" in done.stderr
+        assert contents(folder) == contents(scene.before)
+        shutil.rmtree(folder / "out")
+        done = run(scene.command, folder)
+        assert scene.problems(contents(folder), done.returncode) == scene.staged(folder) == [], done.stderr
 
 
 # --- Two at once ------------------------------------------------------------------------------------
@@ -207,7 +212,14 @@ def test_what_is_not_ours_is_not_swept_up(overwriting, tmp_path):
     done = run(overwriting.command, folder)
     assert done.returncode == 4 and "in it is what is not: thesis.txt" in done.stderr
     assert (theirs / "thesis.txt").read_text() == "precious"
-    (theirs / "thesis.txt").unlink()
+    (theirs / "thesis.txt").rename(folder / "thesis.txt")
+    theirs.rmdir()
+    (folder / "thesis.txt").rename(theirs)
+    done = run(overwriting.command, folder)
+    assert done.returncode == 4 and "is where it would be staged, and is no folder" in done.stderr
+    assert theirs.read_text() == "precious"
+    theirs.unlink()
+    theirs.mkdir()
     (folder / "base").rename(theirs / "output")
     shutil.copytree(theirs / "output", folder / "copy")
     for base, out in ((theirs / "output", "elsewhere"), ("copy", theirs / "mine")):
@@ -256,7 +268,7 @@ def test_a_place_where_nothing_can_be_made_is_no_endless_search(overwriting, tmp
 
 
 def test_a_disk_without_a_limit_has_room(large, tmp_path):
-    with mounted(tmp_path / "endless", "size=0") as endless:
+    with mounted(tmp_path / "endless", "tmpfs", "size=0") as endless:
         assert run((*REWRITE, "-o", endless / "out"), large).returncode == 0
 
 
