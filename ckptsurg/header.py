@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import itemgetter
@@ -19,7 +20,7 @@ from typing import Any
 from .checkpoints import Extent, StoredFile, open_regular
 from .errors import CheckpointError, system_failures
 from .parsing import parse_json
-from .tensors import DTYPE_BITS, MAX_RANK, TensorInfo
+from .tensors import DTYPE_BITS, MAX_RANK, TensorInfo, refused_name
 from .wording import shown
 
 __all__ = ["MAX_HEADER_BYTES", "OpenedFile", "begins_like_safetensors", "encode_header", "open_file"]
@@ -80,9 +81,9 @@ def open_file(path: Path, name: str, flags: int = 0) -> OpenedFile:
         with system_failures(label):
             header = _read_header(descriptor, status.st_size, label)
         metadata, entries = _parse_header(header, label)
-        start = _LENGTH_BYTES + len(header)
         file = StoredFile(name, descriptor, status, len(header), metadata)
-        tensors, extents = _check_layout(file, entries, start, label)
+        del header  # it may be as large as all that is made of it
+        tensors, extents = _check_layout(file, entries, label)
     except BaseException:
         os.close(descriptor)
         raise
@@ -145,8 +146,10 @@ def _parse_header(header: bytes, label: str) -> tuple[Mapping[str, str] | None, 
         ) from None
     if not text.endswith("}"):
         raise CheckpointError(f'{label}: the header must end with "}}" and spaces, found 0x{body[-1]:02x}')
+    if _holds_nested_lists(text):
+        raise CheckpointError(f"{label}: the header is malformed: a list holds lists or objects")
     try:
-        entries = parse_json(text, floats=False)
+        entries = parse_json(text, floats=False, finish=_compact)
     except ValueError as failure:
         raise CheckpointError(f"{label}: the header is malformed: {failure}") from None
     metadata = None
@@ -159,59 +162,99 @@ def _parse_header(header: bytes, label: str) -> tuple[Mapping[str, str] | None, 
     return metadata, entries
 
 
+_SMALL = 1 << 20
+_NESTED = re.compile(r"[\[,]\s*[\[{]")
+_TEXT = re.compile(r'"(?:[^"\\]|\\.)*"')
+
+
+def _holds_nested_lists(text: str) -> bool:
+    """Whether what is to be JSON has a list of anything but numbers, of which a few letters take much memory.
+
+    Of a small header the tensor is named instead, and one that has no more brackets than its tensors need has none.
+    """
+    entries = text.count('"data_offsets"')
+    if len(text) <= _SMALL or (text.count("[") <= 2 * entries and text.count("{") <= entries + 2):
+        return False
+    return _NESTED.search(text) is not None and _NESTED.search(_TEXT.sub('""', text)) is not None
+
+
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
-def _entry(name: str, entry: Any) -> tuple[str, TensorInfo, int, int]:
-    """One tensor's name, dtype and shape, and offsets, each exactly of the form that the format gives it.
+def _compact(entry: dict[str, Any]) -> object:
+    """A tensor's entry as a tuple: there may be a million, and as objects they take three times the memory."""
+    if entry.keys() != _FIELDS:
+        return entry
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if type(dtype) is not str or type(shape) is not list or type(offsets) is not list:
+        return entry  # these may also be the names of three tensors
+    return sys.intern(dtype), tuple(shape), tuple(offsets)
+
+
+def _fields(entry: Any) -> tuple[Any, Any, Any]:
+    """The dtype, shape and offsets of an entry, or ValueError."""
+    if isinstance(entry, tuple):
+        return entry
+    if not isinstance(entry, dict):
+        raise ValueError(f"expected an object with dtype, shape and data_offsets, found {shown(entry, 60)}")
+    missing, unknown = sorted(_FIELDS - entry.keys()), sorted(entry.keys() - _FIELDS)
+    if missing or unknown:
+        raise ValueError(f"the field {missing[0]} is missing" if missing else f'unknown field "{shown(unknown[0])}"')
+    shape, offsets = (
+        tuple(value) if isinstance(value, list) else value for value in (entry["shape"], entry["data_offsets"])
+    )
+    return entry["dtype"], shape, offsets
+
+
+def _described(entry: Any) -> tuple[TensorInfo, int, int]:
+    """One tensor's dtype and shape, and offsets, each exactly of the form that the format gives it.
 
     Raises:
         ValueError: with what is wrong.
     """
-    if not isinstance(entry, dict):
-        raise ValueError(f"expected an object with dtype, shape and data_offsets, found {shown(entry, 60)}")
-    if entry.keys() != _FIELDS:
-        missing, unknown = sorted(_FIELDS - entry.keys()), sorted(entry.keys() - _FIELDS)
-        raise ValueError(f"the field {missing[0]} is missing" if missing else f'unknown field "{shown(unknown[0])}"')
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    dtype, shape, offsets = _fields(entry)
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise ValueError(f"unknown dtype {shown(dtype, 40)}; the format has {', '.join(DTYPE_BITS)}")
-    if not isinstance(shape, list) or len(shape) > MAX_RANK:
-        raise ValueError(f"the shape must be a list of at most {MAX_RANK} sizes, found {shown(shape, 60)}")
+    if not isinstance(shape, tuple) or len(shape) > MAX_RANK:
+        raise ValueError(f"the shape must be a list of at most {MAX_RANK} sizes, found {_listed(shape)}")
     elements = 1
     for size in shape:
         if type(size) is not int or not 0 <= size < _UINT64:
             raise ValueError(f"a size must be a whole number from 0 to 2^64 - 1, found {shown(size, 40)}")
         elements *= size or 1
         if elements >= _UINT64:
-            raise ValueError(f"the shape {shown(shape, 60)} has more than 2^64 - 1 elements")
+            raise ValueError(f"the shape {_listed(shape)} has more than 2^64 - 1 elements")
     if 0 in shape:
         elements = 0
-    if not isinstance(offsets, list) or len(offsets) != 2:
-        raise ValueError(f"data_offsets must be two numbers, found {shown(offsets, 60)}")
+    if not isinstance(offsets, tuple) or len(offsets) != 2:
+        raise ValueError(f"data_offsets must be two numbers, found {_listed(offsets)}")
     begin, end = offsets
     if type(begin) is not int or type(end) is not int or not 0 <= begin <= end:
-        raise ValueError(f"data_offsets must be whole numbers, the begin not after the end, found {shown(offsets, 60)}")
-    info = TensorInfo(dtype, tuple(shape))
+        raise ValueError(f"data_offsets must be whole numbers, the begin not after the end, found {_listed(offsets)}")
+    info = TensorInfo(dtype, shape)
     bits = elements * DTYPE_BITS[dtype]
     if bits % 8:
         raise ValueError(f"{elements:,} elements of {dtype} do not fill whole bytes")
     if end - begin != bits // 8:
-        raise ValueError(
-            f"{info} takes {bits // 8:,} bytes, but data_offsets {shown(offsets, 60)} span {end - begin:,}"
-        )
-    return name, info, begin, end
+        raise ValueError(f"{info} takes {bits // 8:,} bytes, but data_offsets {_listed(offsets)} span {end - begin:,}")
+    return info, begin, end
+
+
+def _listed(value: object) -> str:
+    return shown(list(value) if isinstance(value, tuple) else value, 60)
 
 
 def _check_layout(
-    file: StoredFile, entries: Mapping[str, Any], start: int, label: str
+    file: StoredFile, entries: Mapping[str, Any], label: str
 ) -> tuple[dict[str, TensorInfo], dict[str, Extent]]:
     checked = []
     for name, entry in entries.items():
         try:
-            checked.append(_entry(name, entry))
+            checked.append((name, *_described(entry)))
         except ValueError as failure:
             raise CheckpointError(f'{label}: tensor "{shown(name)}": {failure}') from None
+        if reason := refused_name(name):
+            raise CheckpointError(f'{label}: tensor "{shown(name)}" {reason}')
     checked.sort(key=itemgetter(2, 3))
     position = 0
     for name, _, begin, end in checked:
@@ -221,6 +264,7 @@ def _check_layout(
                 f'{label}: {fault} before tensor "{shown(name)}": expected its data at {position:,}, found {begin:,}'
             )
         position = end
+    start = file.data_start
     available = file.size - start
     if available != position:
         verb, hint = ("is cut short", "fetch it again") if available < position else ("has trailing bytes", None)

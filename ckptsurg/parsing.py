@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import stat
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
@@ -47,12 +50,15 @@ class Text:
         here: Place = ()
         for part in place:
             if isinstance(value, dict):
-                keys = {key if isinstance(key, str) else json.dumps(key): key for key in value}
-                if part == 0 and "0" not in keys:
-                    continue  # a lone item stands for a list of one
-                if str(part) not in keys:
-                    break
-                value = value[keys[str(part)]]
+                key: Any = part
+                if not isinstance(part, str) or part not in value:
+                    keys = {one if isinstance(one, str) else json.dumps(one): one for one in value}
+                    if part == 0 and "0" not in keys:
+                        continue  # a lone item stands for a list of one
+                    if str(part) not in keys:
+                        break
+                    key = keys[str(part)]
+                value = value[key]
             elif isinstance(value, list) and isinstance(part, int) and part < len(value):
                 value = value[part]
             else:
@@ -78,6 +84,8 @@ def read_bytes(path: Path, limit: int, error: type[DocumentError]) -> bytes:
     label = shown(path)
     try:
         with path.open("rb") as file:
+            if stat.S_ISCHR(os.fstat(file.fileno()).st_mode) and not file.isatty():
+                raise error(label, [Problem("", "is a device; expected a document")])  # /dev/zero has no end
             raw = file.read(limit + 1)
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"{label}: no such file") from None
@@ -90,24 +98,25 @@ def read_bytes(path: Path, limit: int, error: type[DocumentError]) -> bytes:
     return raw
 
 
-def parse_json(content: str, *, floats: bool = True) -> Any:
+def parse_json(content: str, *, floats: bool = True, finish: Callable[[dict[str, Any]], object] | None = None) -> Any:
     """JSON as RFC 8259 has it: a key stands once, numbers are finite, nothing is nested without end.
 
     Args:
         content: The text.
         floats: Whether numbers with a fraction or exponent are allowed.
+        finish: Makes of each object, once it is read, what stands in its place.
 
     Raises:
         ValueError: with a message that says what is wrong.
     """
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, Any]]) -> object:
         mapping = dict(pairs)
         if len(mapping) != len(pairs):
             seen: set[str] = set()
             repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
             raise ValueError(f'the key "{shown(repeated)}" stands twice')
-        return mapping
+        return mapping if finish is None else finish(mapping)
 
     def number(text: str) -> float:
         if not floats:

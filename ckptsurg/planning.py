@@ -14,7 +14,7 @@ from .parsing import Place
 from .plans import Counts, Plan, PlannedTensor
 from .selectors import Selection, Space, module_and_leaf, select
 from .spec import AddRule, Item, ReinitRule, Spec
-from .tensors import TensorInfo, TensorSource
+from .tensors import TensorInfo, TensorSource, refused_name
 from .wording import counted, enumerate_names, shown
 
 __all__ = ["plan"]
@@ -308,8 +308,8 @@ def _added(findings: _Findings, left: Mapping[str, TensorInfo], draws: _Draws) -
             owner = "the base has" if rule.name in left else "the spec adds already"
             remedy = "; draw it anew under reinit, or drop it" if rule.name in left else ""
             findings.add((*place, "name"), f'"{shown(rule.name)}" is a tensor that {owner}{remedy}')
-        if rule.name == "__metadata__":
-            findings.add((*place, "name"), "__metadata__ is no name for a tensor: the format uses it")
+        if reason := refused_name(rule.name):
+            findings.add((*place, "name"), f'"{shown(rule.name)}" {reason}')
         if rule.init.name == "like":
             findings.add((*place, "init"), "like: an added tensor has no old values; write normal with mean and std")
         if rule.init.name == "mean":

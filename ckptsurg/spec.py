@@ -15,7 +15,7 @@ from .documents import Document, Model, canonical_json, fail, is_none, suggest
 from .errors import Problem, SpecError
 from .initializer_arguments import Init
 from .parsing import Place, Text, describe_place
-from .tensors import DTYPE_BITS, digest_of
+from .tensors import DTYPE_BITS, MAX_RANK, digest_of
 from .wording import shown
 
 __all__ = [
@@ -111,13 +111,22 @@ FreezeSelector: TypeAlias = Annotated[
 # --- Rules ------------------------------------------------------------------------------------------
 
 
+def _sizes(value: object) -> object:
+    """A whole list of sizes."""
+    if not isinstance(value, list):
+        return value
+    if len(value) > MAX_RANK:
+        raise fail(f"a tensor has at most {MAX_RANK} dimensions, found {len(value):,}")
+    return tuple(value)
+
+
 def _shape(value: object) -> object:
     """``{0: 10}``, ``{"0": 10}`` or a whole list; the keys of the first become numbers."""
     for size in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         if type(size) is not int or not 0 <= size < 2**63:
             raise fail(f"a size is a whole number from 0, found {shown(json.dumps(size, default=str), 40)}")
     if isinstance(value, list):
-        return tuple(value)
+        return _sizes(value)
     if not isinstance(value, dict):
         raise fail(f"expected new sizes, {{0: 10}} or a whole list, found {shown(value, 40)}")
     sizes: dict[object, object] = {}
@@ -157,7 +166,7 @@ class AddRule(Model):
     """A tensor that the base does not have."""
 
     name: Annotated[str, Field(min_length=1)]
-    shape: tuple[Size, ...]
+    shape: Annotated[tuple[Size, ...], BeforeValidator(_sizes, json_schema_input_type=list[Size])]
     dtype: Dtype
     init: Init
     frozen: bool = False

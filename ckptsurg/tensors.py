@@ -28,6 +28,7 @@ __all__ = [
     "algorithm_of",
     "digest_of",
     "refuse_unstorable",
+    "refused_name",
     "row_span",
     "same_bytes",
     "section",
@@ -45,6 +46,9 @@ BLOCK_ELEMENTS = 1 << 17
 
 #: How many dimensions a tensor may have.
 MAX_RANK = 64
+
+#: How many characters a tensor's name may have.
+MAX_NAME_LENGTH = 1_000_000
 
 #: Bits per element of every dtype of the safetensors format, by the format's own names
 #: (``Dtype::bitsize`` in safetensors/src/tensor.rs, 0.6 and later).
@@ -136,6 +140,15 @@ def refuse_unstorable(label: str, tensors: Mapping[str, TensorInfo]) -> None:
             raise UsageError(f'{label}: "{shown(name)}" {reason}')
 
 
+def refused_name(name: str) -> str | None:
+    """Why a tensor cannot have a name, in words that follow it; None where it can."""
+    if name == "__metadata__":
+        return "is no name for a tensor: the format uses it"
+    if len(name) > MAX_NAME_LENGTH:
+        return f"has a name of {len(name):,} characters; at most {MAX_NAME_LENGTH:,} are allowed"
+    return None
+
+
 def _unstorable(name: object, info: TensorInfo) -> str | None:
     if not isinstance(name, str):
         return f"is the name of a tensor, and no text but {type(name).__name__}"
@@ -143,13 +156,11 @@ def _unstorable(name: object, info: TensorInfo) -> str | None:
         return f"is {info.dtype}, which safetensors does not have"
     if len(info.shape) > MAX_RANK:
         return f"has {len(info.shape)} dimensions; {MAX_RANK} are allowed"
-    if name == "__metadata__":
-        return "is no name for a tensor: the format uses it"
     try:
         name.encode()
     except UnicodeEncodeError:
         return "has a name that is no Unicode: a surrogate stands alone"
-    return None
+    return refused_name(name)
 
 
 class _Hash(Protocol):

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from operator import attrgetter
 
+from .errors import CheckpointError
+from .wording import shown
+
 __all__ = ["Module", "Tree"]
+
+#: How many modules names may lead to: so many, and so many more for each name. A module takes some 400 bytes of memory,
+#: and two letters in a name are enough to lead to one.
+_MODULES = 100_000
+_MODULES_PER_NAME = 8
 
 
 class Module:
@@ -29,25 +37,24 @@ class Module:
         self.tensors: dict[str, tuple[str, ...]] = {}
         self.depth = depth
 
-    def below(self, segment: str) -> Module:
-        """The module in it by that segment, which is made where there is none."""
-        found = self.modules.get(segment)
-        if found is None:
-            found = self.modules[segment] = Module(self.depth + 1)
-        return found
-
 
 class Tree:
     """The names of a checkpoint, each once.
 
     Attributes:
         root: The module above all, where no segment leads.
+
+    Raises:
+        CheckpointError: if the names lead to many more modules than a model's do.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
         self.root = Module(0)
         #: Modules by path: those that hold tensors, and those just above. All prefixes of a deep path would be many.
         known: dict[str, Module] = {}
+        names = list(names)
+        self._longest = max(names, key=len, default="")
+        self._room = _MODULES + _MODULES_PER_NAME * len(names)
         for name in names:
             path, _, leaf = f".{name.replace('/', '.')}".rpartition(".")
             module = known.get(path)
@@ -56,7 +63,7 @@ class Tree:
                 parent = known.get(above)
                 if parent is None:
                     parent = known[above] = self._reach(above)
-                module = known[path] = parent.below(segment) if dot else self.root
+                module = known[path] = self._below(parent, segment) if dot else self.root
             there = module.tensors.get(leaf)
             module.tensors[leaf] = (name,) if there is None else (*there, name)
         self._modules: list[Module] = []
@@ -66,8 +73,19 @@ class Tree:
     def _reach(self, path: str) -> Module:
         module = self.root
         for segment in path.split(".")[1:]:
-            module = module.below(segment)
+            module = self._below(module, segment)
         return module
+
+    def _below(self, module: Module, segment: str) -> Module:
+        """The module in another by that segment, which is made where there is none."""
+        found = module.modules.get(segment)
+        if found is None:
+            if not self._room:
+                such = shown(self._longest, 60)
+                raise CheckpointError(f'the tensors\' names lead to more modules than a model has, such as "{such}"')
+            self._room -= 1
+            found = module.modules[segment] = Module(module.depth + 1)
+        return found
 
     def _number(self) -> None:
         pending = [self.root]

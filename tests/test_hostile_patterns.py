@@ -41,8 +41,41 @@ def test_patterns(tmp_path, pattern, said):
 
 
 def test_slices_far_down(tmp_path):
-    base = write(tmp_path / "x.safetensors", "0." * 50_000 + "w")
-    assert ckptsurg.plan({"version": 1, "freeze": "**.*[0]"}, base).counts["frozen"] == 1
+    base = write(tmp_path / "x.safetensors", *(f"{n}." + "0." * 10_000 + "w" for n in range(10)))
+    assert ckptsurg.plan({"version": 1, "freeze": "**.*[0]"}, base).counts["frozen"] == 10
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["a" * 1_000_001], "has a name of 1,000,001 characters; at most 1,000,000 are allowed"),
+        (["0/" * 100_010 + "w"], "names lead to more modules than a model has"),
+        ([f"{n}." + "0." * 10_000 + "w" for n in range(11)], "names lead to more modules than a model has"),
+    ],
+)
+def test_names(tmp_path, names, said):
+    with pytest.raises(ckptsurg.CheckpointError, match=said):
+        ckptsurg.plan({"version": 1, "freeze": "**.w"}, write(tmp_path / "x.safetensors", *names))
+
+
+def test_names_of_a_tensor_that_is_added_and_shapes(tmp_path):
+    base = write(tmp_path / "x.safetensors", "a", "a" * 1_000_000, "a/" * 100_000 + "b")
+    assert ckptsurg.plan({"version": 1, "freeze": "a.**.b"}, base).counts["frozen"] == 1
+    for name, shape, said in (
+        ("a" * 1_000_001, [1], "at most 1,000,000 are allowed"),
+        ("b", [1] * 10_000, "a tensor has at most 64 dimensions, found 10,000"),
+    ):
+        spec = {"version": 1, "add": [{"name": name, "shape": shape, "dtype": "F32", "init": "zeros"}]}
+        with pytest.raises(ckptsurg.SpecError, match=said) as caught:
+            ckptsurg.plan(spec, base)
+        assert len(str(caught.value)) < 1_000
+
+
+def test_braces_of_all_patterns_together(tmp_path):
+    base = write(tmp_path / "x.safetensors", *(f"a.{n}" for n in range(10_000)))
+    with pytest.raises(ckptsurg.SpecError, match="more than 100,000 alternatives in all of freeze"):
+        ckptsurg.plan({"version": 1, "freeze": ["a.{0..9999}"] * 100}, base)
+    assert ckptsurg.plan({"version": 1, "freeze": ["a.{0..9999}"] * 10}, base).counts["frozen"] == 10_000
 
 
 def test_long_names_are_not_compared(tmp_path):
@@ -97,3 +130,32 @@ def test_what_metadata_says_is_shown_safely(tmp_path, caplog):
     with ckptsurg.open_checkpoint(tmp_path) as checkpoint:
         [clash] = checkpoint.clashes
     assert clash.isprintable() and len(clash) < 400
+
+
+@pytest.mark.parametrize("load", [ckptsurg.load_spec, ckptsurg.load_manifest])
+def test_a_document_without_end(load):
+    with pytest.raises(
+        (ckptsurg.SpecError, ckptsurg.ManifestError), match="/dev/zero: is a device; expected a document"
+    ):
+        load("/dev/zero")
+
+
+def test_a_spec_that_comes_through_a_pipe(tmp_path):
+    base = write(tmp_path / "x.safetensors", "a")
+    command = [sys.executable, "-m", "ckptsurg", "plan", "/dev/stdin", base, "--json"]
+    done = subprocess.run(command, input='{"version": 1, "freeze": "**"}', capture_output=True, text=True)
+    assert json.loads(done.stdout)["counts"]["frozen"] == 1
+
+
+def test_a_header_of_many_lists_is_refused_before_they_are_made(tmp_path):
+    """A list takes 64 bytes, and two letters stand for it."""
+    tensors = {f"a[[{n}]], [{{": {"dtype": "U8", "shape": [], "data_offsets": [n, n + 1]} for n in range(20_000)}
+    for rest, said in (({"b": [[]] * 500_000}, "a list holds lists or objects"), ({}, None)):
+        raw = json.dumps(tensors | rest).encode()
+        path = tmp_path / "x.safetensors"
+        path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(len(tensors)))
+        if said is None:
+            assert ckptsurg.inspect(path).tensors.keys() == tensors.keys()
+            continue
+        with pytest.raises(ckptsurg.CheckpointError, match=said):
+            ckptsurg.inspect(path)
