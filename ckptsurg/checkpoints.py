@@ -221,12 +221,13 @@ def extents_of(source: TensorSource) -> Mapping[str, Extent]:
     return source.extents
 
 
-def open_regular(path: Path, flags: int = 0) -> tuple[int, os.stat_result]:
+def open_regular(path: Path, flags: int = 0, label: str | None = None) -> tuple[int, os.stat_result]:
     """Open a file of a checkpoint for reading, if it is one.
 
     Args:
         path: Where it is.
         flags: Further flags of ``open(2)``.
+        label: How messages call it; None for its path.
 
     Returns:
         A descriptor and what ``fstat`` says of it.
@@ -236,7 +237,7 @@ def open_regular(path: Path, flags: int = 0) -> tuple[int, os.stat_result]:
         CheckpointError: if it is a folder, pipe, socket or device.
         SystemFailure: if it cannot be opened.
     """
-    label = shown(path)
+    label = label or shown(path)
     try:
         # Without O_NONBLOCK, opening a FIFO waits for somebody to write to it.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from threading import RLock
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
+from typing_extensions import is_typeddict
 
 from .errors import DocumentError, Problem
 from .parsing import Place, Text, describe_place
-from .wording import closest, counted, shown
+from .wording import closest, counted, quoted, shown
 
 __all__ = ["Document", "Model", "canonical_json", "fail", "is_false", "is_none", "suggest"]
 
@@ -134,6 +135,10 @@ def _kind(value: object) -> str:
     )
 
 
+def _described(value: object) -> str:
+    return "null" if value is None else f"the {_kind(value)} {quoted(value)}"
+
+
 _EXPECTED = {
     "string_type": "text",
     "int_type": "a whole number",
@@ -152,10 +157,10 @@ def _version_problems(text: Text) -> Iterator[Problem]:
     if "version" not in text.data:
         yield Problem("version", "missing; write `version: 1`", 1, place)
     elif type(found := text.data["version"]) is not int:
-        message = f"expected the number 1, found the {_kind(found)} {_quoted(found)}"
+        message = f"expected the number 1, found {_described(found)}"
         yield Problem("version", message, text.line(place), place)
     elif found != 1:
-        yield Problem("version", f"{_quoted(found)} is not known; this ckptsurg reads 1", text.line(place), place)
+        yield Problem("version", f"{quoted(found)} is not known; this ckptsurg reads 1", text.line(place), place)
 
 
 def _empty_keys(text: Text, nullable: frozenset[str]) -> Iterator[Problem]:
@@ -201,31 +206,38 @@ def _explain(model: type[Model], detail: ErrorDetails) -> str:
     if kind == "missing":
         return f'the key "{detail["loc"][-1]}" is missing'
     if kind in _EXPECTED:
-        return f"expected {_EXPECTED[kind]}, found the {_kind(value)} {_quoted(value)}"
+        return f"expected {_EXPECTED[kind]}, found {_described(value)}"
     if kind == "literal_error":
         known = re.findall(r"'([^']*)'", detail["ctx"]["expected"]) or [detail["ctx"]["expected"]]
-        return f"{_quoted(value)} is not known" + suggest(value, known)
+        return f"{quoted(value)} is not known" + suggest(value, known)
+    if kind == "ckptsurg":
+        return detail["msg"]
+    if kind == "string_pattern_mismatch":
+        return f"{quoted(value)} is not of the form {detail['ctx']['pattern'].strip('^$')}"
     message = detail["msg"]
-    return message[0].lower() + message[1:] if kind != "ckptsurg" else message
+    return f"{message[0].lower()}{message[1:]}, found {quoted(value)}"
 
 
-def _quoted(value: object) -> str:
-    return shown(json.dumps(value, ensure_ascii=False, default=str), 60)
-
-
-def _fields(model: type[Model], path: Sequence[str | int]) -> list[str]:
+def _fields(model: type[Any], path: Sequence[str | int]) -> list[str]:
     """The keys that the model has at a path."""
     for part in path:
-        if isinstance(part, str) and part in model.model_fields:
-            annotation = model.model_fields[part].annotation
-            inner = next(_models_in(annotation), None)
-            if inner is not None:
-                model = inner
-    return [info.alias or name for name, info in model.model_fields.items()]
+        annotation = _keys(model).get(part) if isinstance(part, str) else None
+        if (inner := next(_models_in(annotation), None)) is not None:
+            model = inner
+    if issubclass(model, Model):
+        return [info.alias or name for name, info in model.model_fields.items()]
+    return list(_keys(model))
 
 
-def _models_in(annotation: object) -> Iterator[type[Model]]:
-    if isinstance(annotation, type) and issubclass(annotation, Model):
+def _keys(model: type[Any]) -> Mapping[str, Any]:
+    """The type of each key."""
+    if issubclass(model, Model):
+        return {name: info.annotation for name, info in model.model_fields.items()}
+    return get_type_hints(model)
+
+
+def _models_in(annotation: object) -> Iterator[type[Any]]:
+    if isinstance(annotation, type) and (issubclass(annotation, Model) or is_typeddict(annotation)):
         yield annotation
     for argument in get_args(annotation):
         yield from _models_in(argument)

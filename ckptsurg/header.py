@@ -21,7 +21,7 @@ from .checkpoints import Extent, StoredFile, open_regular
 from .errors import CheckpointError, system_failures
 from .parsing import parse_json
 from .tensors import DTYPE_BITS, MAX_RANK, TensorInfo, refused_name
-from .wording import shown
+from .wording import counted, quoted, shown
 
 __all__ = ["MAX_HEADER_BYTES", "OpenedFile", "begins_like_safetensors", "encode_header", "open_file"]
 
@@ -34,7 +34,8 @@ _PAGE_HINT = "the download was not the file; fetch it again"
 #: What a file that is no safetensors file begins with, what it is then, and what to do.
 _OTHER_FORMATS: tuple[tuple[re.Pattern[bytes], str, str | None], ...] = (
     (re.compile(rb"version https://git-lfs"), "a Git LFS pointer, not the file itself", "run `git lfs pull`"),
-    (re.compile(rb"PK\x03\x04"), "a ZIP archive, such as PyTorch writes", _ARCHIVE_HINT),
+    (re.compile(rb"PK(\x03\x04|\x05\x06)"), "a ZIP archive, such as PyTorch writes", _ARCHIVE_HINT),
+    (re.compile(rb"\x1f\x8b"), "packed by gzip", "unpack it"),
     (re.compile(rb"\x80[\x02-\x05]"), "a pickle, such as old PyTorch writes", _ARCHIVE_HINT),
     (re.compile(rb"GGUF"), "a GGUF file", "convert it to safetensors"),
     (
@@ -42,8 +43,10 @@ _OTHER_FORMATS: tuple[tuple[re.Pattern[bytes], str, str | None], ...] = (
         "an HDF5 file, such as Keras writes",
         "its name says safetensors; called .h5 or .weights.h5, it is read by Keras",
     ),
-    (re.compile(rb"\s*<(!doctype\s+)?html", re.IGNORECASE), "an HTML page", _PAGE_HINT),
-    (re.compile(rb"\s*<[?]xml", re.IGNORECASE), "an XML document", _PAGE_HINT),
+    (re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+)?html", re.IGNORECASE), "an HTML page", _PAGE_HINT),
+    (re.compile(rb"(\xef\xbb\xbf)?\s*<[?]xml", re.IGNORECASE), "an XML document", _PAGE_HINT),
+    (re.compile(rb"# xet version"), "a pointer of Xet, not the file itself", "fetch it with huggingface_hub"),
+    (re.compile(rb'\s*[{]\s*"'), "a JSON document", "a manifest, an index, or a server's answer in place of the file?"),
     (
         re.compile(rb"[\t\n\r\x20-\x7e]{8}"),
         "a text file",
@@ -67,16 +70,17 @@ class OpenedFile:
     extents: Mapping[str, Extent]
 
 
-def open_file(path: Path, name: str, flags: int = 0) -> OpenedFile:
+def open_file(path: Path, name: str, flags: int = 0, called: Path | None = None) -> OpenedFile:
     """Open one file of weights and check its header.
 
     Args:
         path: Where it is.
         name: What it is called inside its checkpoint.
         flags: Further flags of ``open(2)``.
+        called: Its path as the user knows it, where that is another.
     """
-    label = shown(path)
-    descriptor, status = open_regular(path, flags)
+    label = shown(called or path)
+    descriptor, status = open_regular(path, flags, label)
     try:
         with system_failures(label):
             header = _read_header(descriptor, status.st_size, label)
@@ -155,8 +159,10 @@ def _parse_header(header: bytes, label: str) -> tuple[Mapping[str, str] | None, 
     metadata = None
     if "__metadata__" in entries:
         metadata = entries.pop("__metadata__")
+        if isinstance(metadata, tuple):
+            raise CheckpointError(f"{label}: a tensor is called __metadata__, a name that the format uses")
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise CheckpointError(f"{label}: __metadata__ must map text to text, found {shown(metadata, 60)}")
+            raise CheckpointError(f"{label}: __metadata__ must map text to text, found {quoted(metadata)}")
     if not entries:
         raise CheckpointError(f"{label}: the file holds no tensor")
     return metadata, entries
@@ -196,7 +202,7 @@ def _fields(entry: Any) -> tuple[Any, Any, Any]:
     if isinstance(entry, tuple):
         return entry
     if not isinstance(entry, dict):
-        raise ValueError(f"expected an object with dtype, shape and data_offsets, found {shown(entry, 60)}")
+        raise ValueError(f"expected an object with dtype, shape and data_offsets, found {quoted(entry)}")
     missing, unknown = sorted(_FIELDS - entry.keys()), sorted(entry.keys() - _FIELDS)
     if missing or unknown:
         raise ValueError(f"the field {missing[0]} is missing" if missing else f'unknown field "{shown(unknown[0])}"')
@@ -214,34 +220,31 @@ def _described(entry: Any) -> tuple[TensorInfo, int, int]:
     """
     dtype, shape, offsets = _fields(entry)
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise ValueError(f"unknown dtype {shown(dtype, 40)}; the format has {', '.join(DTYPE_BITS)}")
+        raise ValueError(f"unknown dtype {quoted(dtype, 40)}; the format has {', '.join(DTYPE_BITS)}")
     if not isinstance(shape, tuple) or len(shape) > MAX_RANK:
-        raise ValueError(f"the shape must be a list of at most {MAX_RANK} sizes, found {_listed(shape)}")
+        raise ValueError(f"the shape must be a list of at most {MAX_RANK} sizes, found {quoted(shape)}")
     elements = 1
     for size in shape:
         if type(size) is not int or not 0 <= size < _UINT64:
-            raise ValueError(f"a size must be a whole number from 0 to 2^64 - 1, found {shown(size, 40)}")
+            raise ValueError(f"a size must be a whole number from 0 to 2^64 - 1, found {quoted(size, 40)}")
         elements *= size or 1
         if elements >= _UINT64:
-            raise ValueError(f"the shape {_listed(shape)} has more than 2^64 - 1 elements")
+            raise ValueError(f"the shape {quoted(shape)} has more than 2^64 - 1 elements")
     if 0 in shape:
         elements = 0
     if not isinstance(offsets, tuple) or len(offsets) != 2:
-        raise ValueError(f"data_offsets must be two numbers, found {_listed(offsets)}")
+        raise ValueError(f"data_offsets must be two numbers, found {quoted(offsets)}")
     begin, end = offsets
     if type(begin) is not int or type(end) is not int or not 0 <= begin <= end:
-        raise ValueError(f"data_offsets must be whole numbers, the begin not after the end, found {_listed(offsets)}")
+        raise ValueError(f"data_offsets must be whole numbers, the begin not after the end, found {quoted(offsets)}")
     info = TensorInfo(dtype, shape)
     bits = elements * DTYPE_BITS[dtype]
     if bits % 8:
-        raise ValueError(f"{elements:,} elements of {dtype} do not fill whole bytes")
+        raise ValueError(f"{info} does not fill whole bytes")
     if end - begin != bits // 8:
-        raise ValueError(f"{info} takes {bits // 8:,} bytes, but data_offsets {_listed(offsets)} span {end - begin:,}")
+        needed = counted(bits // 8, "byte")
+        raise ValueError(f"{info} takes {needed}, but data_offsets {quoted(offsets)} span {end - begin:,}")
     return info, begin, end
-
-
-def _listed(value: object) -> str:
-    return shown(list(value) if isinstance(value, tuple) else value, 60)
 
 
 def _check_layout(

@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 from .documents import Document, Model, canonical_json, is_false, is_none
 from .errors import ManifestError, Problem, UsageError, system_failures
 from .parsing import Text, parse_json, read_bytes
-from .tensors import DTYPE_BITS, Buffer, TensorInfo, algorithm_of, digest_of, row_span, section
+from .tensors import DTYPE_BITS, Buffer, TensorInfo, algorithm_of, digest_of, row_span, section, unstorable
 from .wording import enumerate_names, shown
 
 __all__ = [
@@ -314,7 +314,9 @@ def load_manifest(path: str | Path) -> Manifest:
     try:
         text = Text(label, parse_json(raw.decode("utf-8"), floats=False))
     except UnicodeDecodeError as failure:
-        raise ManifestError(label, [Problem("", f"not UTF-8: byte {failure.start:,}")]) from None
+        raise ManifestError(
+            label, [Problem("", f"not UTF-8: byte {failure.start:,} is 0x{raw[failure.start]:02x}")]
+        ) from None
     except ValueError as failure:
         hint = _OF_SPEC if path.suffix in (".yaml", ".yml") else None
         raise ManifestError(label, [Problem("", f"not a manifest: {failure}")], hint=hint) from None
@@ -329,18 +331,23 @@ def load_manifest(path: str | Path) -> Manifest:
 
 def _contradictions(manifest: Manifest) -> Iterable[Problem]:
     for name, record in manifest.tensors.items():
-        if record.dtype not in DTYPE_BITS:
-            yield Problem(f"tensors.{shown(name)}.dtype", f'unknown dtype "{shown(record.dtype)}"')
+        place = f"tensors.{shown(name)}"
+        if reason := unstorable(name, record.info):
+            yield Problem(place, reason)
+            continue
         rows = record.rows
         if rows and not (record.frozen and record.shape and rows.start < rows.stop <= record.shape[0]):
-            yield Problem(f"tensors.{shown(name)}.rows", f"[{rows.start}:{rows.stop}] is no part of {record.info}")
-    for key, compute in (("root", root_of), ("frozen_root", frozen_root_of)):
-        found, written = compute(manifest.tensors, manifest.algorithm), getattr(manifest, key)
+            yield Problem(f"{place}.rows", f"[{rows.start}:{rows.stop}] is no part of {record.info}")
+        elif rows and record.held.elements * DTYPE_BITS[record.dtype] % 8:
+            yield Problem(f"{place}.rows", f"[{rows.start}:{rows.stop}] of {record.info} would part a byte")
+    counts = _counts(manifest.tensors, manifest.dropped)
+    for key, found, written in (
+        ("root", root_of(manifest.tensors, manifest.algorithm), manifest.root),
+        ("frozen_root", frozen_root_of(manifest.tensors, manifest.algorithm), manifest.frozen_root),
+        *((f"counts.{key}", found, dict(manifest.counts)[key]) for key, found in counts.items()),
+    ):
         if found != written:
             yield Problem(key, f"does not match the tensors: the manifest says {written}, they give {found}")
-    counts = _counts(manifest.tensors, manifest.dropped)
-    if manifest.counts != counts:
-        yield Problem("counts", f"do not match the tensors: the manifest says {manifest.counts}, they give {counts}")
     if set(map(tuple, manifest.tied)) != set(_tied(manifest.tensors)):
         yield Problem("tied", "does not match the digests of the frozen tensors")
     if both := [

@@ -141,7 +141,8 @@ def parse_json(content: str, *, floats: bool = True, finish: Callable[[dict[str,
         if "\\u" in content:
             _refuse_surrogates(content)
     except json.JSONDecodeError as failure:
-        raise ValueError(f"not JSON: {failure.msg} at character {failure.pos:,}") from None
+        said = "it begins with a byte order mark" if content[:1] == "\ufeff" else failure.msg.removesuffix(" at")
+        raise ValueError(f"not JSON: {said} at character {failure.pos:,}") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
     return value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +15,7 @@ from .errors import Problem, SpecError
 from .initializer_arguments import Init
 from .parsing import Place, Text, describe_place
 from .tensors import DTYPE_BITS, MAX_RANK, digest_of
-from .wording import shown
+from .wording import quoted, shown
 
 __all__ = [
     "AddRule",
@@ -85,7 +84,7 @@ def _rows(value: object) -> object:
     if not isinstance(value, str) or not re.fullmatch(
         r"\[(?:-?[0-9]{1,18}|(?:-?[0-9]{1,18})?:(?:-?[0-9]{1,18})?)\]", value
     ):
-        raise fail(f'expected a range of rows in quotes, such as "[:32000]", found {shown(json.dumps(value), 40)}')
+        raise fail(f'expected a range of rows in quotes, such as "[:32000]", found {quoted(value, 40)}')
     return value
 
 
@@ -124,14 +123,14 @@ def _shape(value: object) -> object:
     """``{0: 10}``, ``{"0": 10}`` or a whole list; the keys of the first become numbers."""
     for size in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         if type(size) is not int or not 0 <= size < 2**63:
-            raise fail(f"a size is a whole number from 0, found {shown(json.dumps(size, default=str), 40)}")
+            raise fail(f"a size is a whole number from 0, found {quoted(size, 40)}")
     if isinstance(value, list):
         return _sizes(value)
     if not isinstance(value, dict):
-        raise fail(f"expected new sizes, {{0: 10}} or a whole list, found {shown(value, 40)}")
+        raise fail(f"expected new sizes, {{0: 10}} or a whole list, found {quoted(value, 40)}")
     sizes: dict[object, object] = {}
     for key, size in value.items():
-        dimension = int(key) if isinstance(key, str) and key.lstrip("-").isdecimal() and len(key) < 10 else key
+        dimension = int(key) if isinstance(key, str) and re.fullmatch("-?[0-9]{1,9}", key) else key
         if not isinstance(dimension, int) or isinstance(dimension, bool):
             raise fail(f'a dimension is a whole number, found "{shown(key, 40)}"; write {{0: 10}}')
         if dimension in sizes:

@@ -33,6 +33,7 @@ __all__ = [
     "same_bytes",
     "section",
     "sections",
+    "unstorable",
 ]
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -136,7 +137,7 @@ class TensorSource(Protocol):
 def refuse_unstorable(label: str, tensors: Mapping[str, TensorInfo]) -> None:
     """Raise UsageError, naming the first tensor whose name, dtype or shape a safetensors file cannot have."""
     for name, info in tensors.items():
-        if reason := _unstorable(name, info):
+        if reason := unstorable(name, info):
             raise UsageError(f'{label}: "{shown(name)}" {reason}')
 
 
@@ -149,13 +150,16 @@ def refused_name(name: str) -> str | None:
     return None
 
 
-def _unstorable(name: object, info: TensorInfo) -> str | None:
+def unstorable(name: object, info: TensorInfo) -> str | None:
+    """Why a safetensors file cannot have a tensor, in words that follow its name; None where it can."""
     if not isinstance(name, str):
         return f"is the name of a tensor, and no text but {type(name).__name__}"
     if info.dtype not in DTYPE_BITS:
         return f"is {info.dtype}, which safetensors does not have"
     if len(info.shape) > MAX_RANK:
         return f"has {len(info.shape)} dimensions; {MAX_RANK} are allowed"
+    if info.elements * DTYPE_BITS[info.dtype] % 8:
+        return f"is {info}, which does not fill whole bytes"
     try:
         name.encode()
     except UnicodeEncodeError:

@@ -82,6 +82,9 @@ _UNQUOTED = re.compile(
 )
 
 
+_CONTROL = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
 class _Builder:
     """Builds plain data from YAML events, which are read one by one: nothing recurses, nothing is constructed."""
 
@@ -92,8 +95,8 @@ class _Builder:
 
     def build(self) -> tuple[Any, dict[Place, int]]:
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        if re.search("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", self._content):
-            self._refuse("a control character in the text")
+        if odd := _CONTROL.search(self._content):
+            self._refuse(f"the control character 0x{ord(odd[0]):02x}", self._content.count("\n", 0, odd.start()) + 1)
         root: list[Any] = []
         documents = 0
         # The open collections: (the list or dict, its place, the key that waits for its value).

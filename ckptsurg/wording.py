@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Iterable
 
-__all__ = ["closest", "counted", "encodable", "enumerate_names", "shown", "size"]
+__all__ = ["closest", "counted", "encodable", "enumerate_names", "quoted", "shown", "size"]
 
 #: Of words that are compared, in characters: the time grows with the product of two lengths.
 _LONGEST_SLIP = 200
@@ -26,6 +27,18 @@ def shown(text: object, limit: int = 200) -> str:
         else character
         for character in raw
     )
+
+
+def quoted(value: object, limit: int = 60) -> str:
+    """A value as JSON has it, made safe to print: text is told from a number. Of a long list, its beginning."""
+    if isinstance(value, str):
+        return shown(json.dumps(value, ensure_ascii=False), limit)
+    text = ""
+    for part in json.JSONEncoder(ensure_ascii=False, default=str).iterencode(value):
+        text += part
+        if len(text) > limit:
+            return shown(f"{text[: limit - 1]}…")
+    return shown(text)
 
 
 def enumerate_names(names: Iterable[str], limit: int = 5) -> str:

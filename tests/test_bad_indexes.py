@@ -1,3 +1,7 @@
+"""Bad indexes beyond the cases: what is too large for a case, links, caches, and what a folder may be."""
+
+from __future__ import annotations
+
 import json
 import os
 import subprocess
@@ -69,75 +73,15 @@ def test_a_good_index_opens_its_shards_as_a_folder_and_by_its_path(tmp_path: Pat
 
 # --- The document -----------------------------------------------------------------------------------
 
-GOOD_TEXT = json.dumps({"weight_map": WEIGHT_MAP})
 
-DOCUMENTS = {
-    "empty": ("", "malformed: not JSON"),
-    "list": ("[]", "must be an object"),
-    "no-weight-map": ({}, "weight_map"),
-    "weight-map-null": ({"weight_map": None}, "weight_map"),
-    "weight-map-list": ({"weight_map": [["a", ONE]]}, "weight_map"),
-    "weight-map-empty": ({"weight_map": {}}, "weight_map is empty"),
-    "value-null": ({"weight_map": WEIGHT_MAP | {"b": None}}, 'tensor "b" must have a file name'),
-    "value-number": ({"weight_map": WEIGHT_MAP | {"b": 1}}, 'tensor "b" must have a file name'),
-    "value-list": ({"weight_map": WEIGHT_MAP | {"b": [ONE]}}, 'tensor "b" must have a file name'),
-    "value-object": ({"weight_map": WEIGHT_MAP | {"b": {"file": ONE}}}, 'tensor "b" must have a file name'),
-    "tensor-twice": (GOOD_TEXT.replace('"b":', f'"b": "{TWO}", "b":'), 'the key "b" stands twice'),
-    "tensor-twice-by-escape": (GOOD_TEXT.replace('"b":', f'"b": "{ONE}", "\\u0062":'), 'the key "b" stands twice'),
-    "weight-map-twice": ('{"weight_map": {}, ' + GOOD_TEXT[1:], 'the key "weight_map" stands twice'),
-    "metadata-list": ({"metadata": [1], "weight_map": WEIGHT_MAP}, "metadata must be an object"),
-    "total-size-string": ({"metadata": {"total_size": str(TOTAL)}, "weight_map": WEIGHT_MAP}, "must be a number"),
-    "total-size-null": ({"metadata": {"total_size": None}, "weight_map": WEIGHT_MAP}, "must be a number"),
-    "total-size-true": ({"metadata": {"total_size": True}, "weight_map": WEIGHT_MAP}, "must be a number"),
-    "total-size-list": ({"metadata": {"total_size": [TOTAL]}, "weight_map": WEIGHT_MAP}, "must be a number"),
-    "total-size-nan": ('{"metadata": {"total_size": NaN}, ' + GOOD_TEXT[1:], "NaN is not JSON"),
-    "total-size-5000-digits": ('{"metadata": {"total_size": ' + "9" * 5000 + "}, " + GOOD_TEXT[1:], "5,000 digits"),
-    "second-document": (GOOD_TEXT + "{}", "Extra data"),
-    "trailing-comma": (GOOD_TEXT[:-1] + ",}", "not JSON"),
-    "not-utf-8": (GOOD_TEXT.encode().replace(b'"b"', b'"\xff"'), "not UTF-8"),
-    "byte-order-mark": (b"\xef\xbb\xbf" + GOOD_TEXT.encode(), "not JSON"),
-    "lone-surrogate": (GOOD_TEXT.replace('"b"', '"\\ud800"'), "surrogate"),
-    "nested-100000-deep": ('{"weight_map": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
-    "git-lfs-pointer": ("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "not JSON"),
-    "tensor-its-shard-lacks": (
-        {"weight_map": WEIGHT_MAP | {"lost": TWO}},
-        f'tensor "lost" is not in its shard {TWO}',
-    ),
-    "shard-holds-more": ({"weight_map": {"a": ONE, "c": TWO}}, f'tensor "b" of {ONE} is not in the index'),
-    "other-shard": ({"weight_map": WEIGHT_MAP | {"b": TWO}}, f'tensor "b" of {ONE} is in {TWO} by the index'),
-    "tensor-called-metadata": ({"weight_map": WEIGHT_MAP | {"__metadata__": TWO}}, 'tensor "__metadata__"'),
-    "shard-missing": (
-        {"weight_map": WEIGHT_MAP | {"d": "model-00003-of-00003.safetensors"}},
-        'the shard "model-00003-of-00003.safetensors" is missing',
-    ),
-}
-
-
-@pytest.mark.parametrize("defect", DOCUMENTS)
-def test_an_index_that_is_malformed_or_disagrees_with_its_shards_is_refused(tmp_path: Path, defect: str) -> None:
-    index, fragment = DOCUMENTS[defect]
-    message = refusal(sharded(tmp_path, index))
-    assert fragment in message
-    assert INDEX in message
-
-
-def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
-    sharded(tmp_path)
-    save(tmp_path / TWO, "c", "b")
-    message = refusal(tmp_path)
-    assert '"b"' in message
-    assert ONE in message
-    assert TWO in message
-
-
-def test_a_malformed_shard_is_refused_by_its_own_name(tmp_path: Path) -> None:
-    sharded(tmp_path)
-    (tmp_path / TWO).write_bytes((tmp_path / TWO).read_bytes()[:-1])
-    assert f"{TWO}: the file is cut short" in refusal(tmp_path)
+def test_nesting_without_end_is_refused_in_words(tmp_path: Path) -> None:
+    result = command("inspect", sharded(tmp_path, '{"weight_map": ' + "[" * 100_000 + "]" * 100_000 + "}"))
+    assert_refused(result, INDEX)
+    assert "nested too deeply" in result.stderr
 
 
 def test_a_refused_checkpoint_is_closed(tmp_path: Path) -> None:
-    sharded(tmp_path, DOCUMENTS["tensor-its-shard-lacks"][0])
+    sharded(tmp_path, {"weight_map": WEIGHT_MAP | {"lost": TWO}})
     before = len(list(Path("/dev/fd").iterdir()))
     refusal(tmp_path)
     assert len(list(Path("/dev/fd").iterdir())) == before
@@ -145,19 +89,12 @@ def test_a_refused_checkpoint_is_closed(tmp_path: Path) -> None:
 
 # --- Names of shards --------------------------------------------------------------------------------
 
-#: Each of these leads a careless reader to a good file.
+#: Each of these leads a careless reader to a good file, whose name would not go everywhere.
 UNSAFE_NAMES = {
-    "dot-dot": "../outside.safetensors",
-    "dot-dot-inside": "part/../../outside.safetensors",
-    "dot-dot-and-back": "part/../inside.safetensors",
-    "dot": "./inside.safetensors",
-    "two-slashes": "part//inside.safetensors",
     "drive": "C:inside.safetensors",
     "drive-and-backslash": "C:\\inside.safetensors",
     "backslash": "part\\inside.safetensors",
     "unc-path": "\\\\host\\share\\inside.safetensors",
-    "bin": "pytorch_model.bin",
-    "no-suffix": "inside",
 }
 
 
@@ -178,7 +115,7 @@ def test_an_absolute_shard_path_is_refused_although_it_leads_into_the_folder(tmp
     assert "is an absolute path" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "/", "part/", "x\0.safetensors", "x" * 5000 + ".safetensors"])
+@pytest.mark.parametrize("name", [".", "..", "/", "part/", "x" * 5000 + ".safetensors"])
 def test_a_shard_name_that_cannot_be_a_file_is_refused(tmp_path: Path, name: str) -> None:
     sharded(tmp_path, {"weight_map": WEIGHT_MAP | {"d": name}})
     assert len(refusal(tmp_path)) < 1000
@@ -190,20 +127,12 @@ def test_every_shard_name_is_checked_before_any_shard_is_opened(tmp_path: Path) 
     assert "leaves the folder" in refusal(tmp_path)
 
 
-def test_a_shard_in_a_folder_below_is_opened(tmp_path: Path) -> None:
-    save(tmp_path / "part" / "x.safetensors", "a")
-    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "part/x.safetensors"}}))
-    assert names_of(tmp_path) == {"a"}
-
-
 # --- Which checkpoint is meant ----------------------------------------------------------------------
 
 
-def test_a_single_file_and_an_index_together_are_refused_but_either_opens_by_its_path(tmp_path: Path) -> None:
+def test_of_a_single_file_and_an_index_either_opens_by_its_path(tmp_path: Path) -> None:
     sharded(tmp_path)
     save(tmp_path / "model.safetensors", "a")
-    message = refusal(tmp_path)
-    assert "model.safetensors and model.safetensors.index.json" in message
     assert names_of(tmp_path / "model.safetensors") == {"a"}
     assert names_of(tmp_path / INDEX) == {"a", "b", "c"}
 
@@ -217,12 +146,6 @@ def test_an_index_of_another_name_opens_by_its_path_and_is_named_where_the_folde
     assert "model.fp16.safetensors.index.json" in (caught.value.hint or "")
 
 
-def test_an_archive_in_the_index_of_safetensors_is_refused(tmp_path: Path) -> None:
-    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "pytorch_model.bin"}}))
-    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02}.")
-    assert "is not a .safetensors file" in refusal(tmp_path / INDEX)
-
-
 @pytest.mark.parametrize("name", ["model", "model.safetensors", INDEX])
 def test_a_path_that_is_not_there_is_a_usage_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(ckptsurg.UsageError, match="no such file"):
@@ -232,7 +155,7 @@ def test_a_path_that_is_not_there_is_a_usage_error(tmp_path: Path, name: str) ->
 # --- total_size -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("total", [0, TOTAL + 1, TOTAL + 0.5, -1, 2**80])
+@pytest.mark.parametrize("total", [0, -1, 2**80])
 def test_a_wrong_total_size_is_a_warning_that_a_plan_notes(tmp_path: Path, total: float) -> None:
     sharded(tmp_path, {"metadata": {"total_size": total}, "weight_map": WEIGHT_MAP})
     with ckptsurg.open_checkpoint(tmp_path) as checkpoint:
@@ -242,7 +165,7 @@ def test_a_wrong_total_size_is_a_warning_that_a_plan_notes(tmp_path: Path, total
         assert warning in ckptsurg.plan({"version": 1, "freeze": "**"}, checkpoint).notes
 
 
-@pytest.mark.parametrize("metadata", [{"total_size": TOTAL}, {"total_size": float(TOTAL)}, {"epoch": 1}, {}, None])
+@pytest.mark.parametrize("metadata", [{"total_size": float(TOTAL)}, {"epoch": 1}, {}])
 def test_a_true_or_absent_total_size_is_no_warning(tmp_path: Path, metadata: Any) -> None:
     sharded(tmp_path, {"metadata": metadata, "weight_map": WEIGHT_MAP})
     with ckptsurg.open_checkpoint(tmp_path) as checkpoint:
@@ -419,10 +342,3 @@ def test_a_config_that_is_a_fifo_is_refused_at_once(tmp_path: Path) -> None:
     result = command("rewrite", tmp_path / "spec.yaml", tmp_path / "model", "-o", tmp_path / "out")
     assert_refused(result, "config.json")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("defect", ["tensor-its-shard-lacks", "shard-missing", "nested-100000-deep", "not-utf-8"])
-def test_the_command_says_it_in_one_message(tmp_path: Path, defect: str) -> None:
-    result = command("inspect", sharded(tmp_path, DOCUMENTS[defect][0]))
-    assert_refused(result, INDEX)
-    assert DOCUMENTS[defect][1] in result.stderr

@@ -46,7 +46,7 @@ def open_folder(path: Path) -> Checkpoint:
             "pytorch_model.bin or its index, or a distributed checkpoint",
             hint=f"give the path of the file: {enumerate_names(others)}" if others else None,
         )
-    opened = open_file(contained(single, path), SINGLE_NAME, os.O_NOFOLLOW)
+    opened = open_file(contained(single, path), SINGLE_NAME, os.O_NOFOLLOW, called=single)
     return Checkpoint(path, [opened.file], opened.tensors, opened.extents, folder=path)
 
 
@@ -67,7 +67,7 @@ def open_index(path: Path) -> Checkpoint:
     homes: dict[str, str] = {}
     try:
         for name, shard in index.paths.items():
-            opened = open_file(shard, name, os.O_NOFOLLOW)
+            opened = open_file(shard, name, os.O_NOFOLLOW, called=folder / name)
             files.append(opened.file)
             index.refuse_disagreement(name, opened.tensors, homes)
             tensors.update(opened.tensors)

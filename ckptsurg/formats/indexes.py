@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 import resource
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,7 @@ from ..containment import contained
 from ..errors import CheckpointError
 from ..parsing import parse_json
 from ..tensors import TensorInfo
-from ..wording import shown
+from ..wording import quoted, shown
 
 __all__ = ["ShardIndex", "allow_descriptors", "contained", "read_index", "refuse_both", "refuse_unsafe"]
 
@@ -98,23 +99,23 @@ def _parse(path: Path, label: str) -> tuple[Mapping[str, Any], Mapping[str, str]
     try:
         index = parse_json(raw.decode("utf-8"))
     except UnicodeDecodeError as failure:
-        refuse(f"the index is not UTF-8: byte {failure.start:,}")
+        refuse(f"the index is not UTF-8: byte {failure.start:,} is 0x{raw[failure.start]:02x}")
     except ValueError as failure:
         refuse(f"the index is malformed: {failure}")
     if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
-        refuse("the index must be an object with a weight_map that is one")
+        refuse(f"the index must be an object with a weight_map that is one, found {quoted(index)}")
     weight_map: Mapping[str, Any] = index["weight_map"]
     for tensor, name in weight_map.items():
         if not isinstance(name, str):
-            refuse(f'weight_map: tensor "{shown(tensor)}" must have a file name, found {shown(name, 60)}')
+            refuse(f'weight_map: tensor "{shown(tensor)}" must have a file name, found {quoted(name)}')
     if not weight_map:
         refuse("the weight_map is empty")
     metadata = index.get("metadata") or {}
     if not isinstance(metadata, dict):
-        refuse(f"metadata must be an object, found {shown(metadata, 60)}")
+        refuse(f"metadata must be an object, found {quoted(metadata)}")
     total = metadata.get("total_size", 0)
     if isinstance(total, bool) or not isinstance(total, int | float):
-        refuse(f"total_size must be a number, found {shown(total, 60)}")
+        refuse(f"total_size must be a number, found {quoted(total)}")
     return metadata, weight_map
 
 
@@ -137,8 +138,10 @@ def refuse_unsafe(name: str, label: str, ending: str) -> None:
         reason = "is no plain file name"
     elif name.startswith("/"):
         reason = "is an absolute path"
-    elif any(part in ("", ".", "..") for part in parts):
+    elif posixpath.normpath(name).startswith(".."):
         reason = "leaves the folder"
+    elif any(part in ("", ".", "..") for part in parts):
+        reason = "is no plain path"
     elif not name.endswith(ending):
         reason = f"is not a {ending} file"
     if reason:
