@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine with Python 3.11 and make:
 #   make demo   runs the main job      make test   passes the tests
-# Of the tests, make faults runs those that stop, starve and deceive a rewrite, and counts.
+# Of the tests, make faults runs those that stop, starve and deceive a rewrite, and counts; make fuzz reads what nobody
+# wrote, for a minute or, with make fuzz SECONDS=3600, for as long as there is time. What is found is kept in build/fuzz.
 # Another command measures, for as long as the machine is left alone (about an hour, 25 GB of disk, 24 GB of memory):
 #   make bench  ckptsurg, its peers and `cp`, in turns, on this file system and, as root, on an XFS image; the peers
 #               have an environment of their own, and the table goes into the README, chart and runs into docs/.
@@ -10,16 +11,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= auto
+SECONDS ?= 60
 BENCH ?=
 BENCH_VENV := build/bench-venv
 
-.PHONY: demo test test-core test-keras faults lint format bench clean
+.PHONY: demo test test-core test-keras faults fuzz lint format bench clean
 
 demo: $(VENV)/.installed
 	rm -rf build/demo
 	$(BIN)/ckptsurg demo build/demo
 
-test: lint test-core test-keras
+# The same inputs each time, as far as a minute goes.
+test: SEED := 1
+test: lint test-core test-keras fuzz
 
 test-core: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --no-skips --ignore tests/keras
@@ -33,6 +37,10 @@ test-keras: $(VENV)/.installed
 faults: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --no-skips --junitxml build/faults.xml tests/faults
 	$(BIN)/python -m tests.faults.figures build/faults.xml
+
+# All targets in so many seconds together, as many at once as there are processors.
+fuzz: $(VENV)/.installed
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

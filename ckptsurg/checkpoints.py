@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from .errors import CheckpointError, SystemFailure, UsageError, system_failures
+from .parsing import read_up_to
 from .tensors import CHUNK_BYTES, Buffer, TensorInfo, TensorSource, digest_of, sections
 from .wording import shown
 
@@ -299,8 +300,8 @@ def read_small(path: Path, limit: int, flags: int = 0) -> bytes:
     """
     descriptor, _ = open_regular(path, flags)
     with system_failures(shown(path)), os.fdopen(descriptor, "rb") as file:
-        raw = file.read(limit + 1)
-    if len(raw) > limit:
+        raw = read_up_to(limit, file)
+    if raw is None:
         raise CheckpointError(f"{shown(path)}: is larger than {limit:,} bytes")
     return raw
 

@@ -92,7 +92,9 @@ class Document(Model):
 
     def to_json(self) -> str:
         """The document as JSON of printable ASCII characters alone, so that no name plays tricks on a terminal."""
-        text = self.model_dump_json(by_alias=True, indent=1, ensure_ascii=True)
+        # A key that says nothing would be refused where the document is read again.
+        silent = {key for key, value in self.__dict__.items() if value is None and key not in self.nullable}
+        text = self.model_dump_json(by_alias=True, indent=1, ensure_ascii=True, exclude=silent)
         return text.replace("\x7f", "\\u007f")  # which pydantic takes for printable
 
 

@@ -156,6 +156,8 @@ def _parse_header(header: bytes, label: str) -> tuple[Mapping[str, str] | None, 
         entries = parse_json(text, floats=False, finish=_compact)
     except ValueError as failure:
         raise CheckpointError(f"{label}: the header is malformed: {failure}") from None
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{label}: the header is one tensor's entry; expected an object of them by name")
     metadata = None
     if "__metadata__" in entries:
         metadata = entries.pop("__metadata__")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeAlias
 
-from pydantic import ConfigDict, Field, PrivateAttr, StringConstraints, with_config
+from pydantic import ConfigDict, FailFast, Field, PrivateAttr, StringConstraints, with_config
 from typing_extensions import TypedDict
 
 from .documents import Document, Model, canonical_json, is_false, is_none
@@ -33,6 +34,8 @@ __all__ = [
 #: Of an output folder.
 MANIFEST_NAME = "freeze.json"
 MAX_MANIFEST_BYTES = 1 << 30
+#: How many tensors of a document are looked at together.
+_AT_ONCE = 10_000
 
 DigestText: TypeAlias = Annotated[str, StringConstraints(pattern=r"^(blake3|sha256):[0-9a-f]{64}$")]
 Origin: TypeAlias = Literal["copied", "reinitialised", "added"]
@@ -164,19 +167,26 @@ class Manifest(Document):
     version: Literal[1] = Field(description="Version of this document's form.")
     tool: Tool
     spec: SpecIdentity
-    base: tuple[BaseFile, ...]
+    base: Annotated[tuple[BaseFile, ...], FailFast()]
     root: DigestText
     frozen_root: DigestText
     counts: Counts
     tensors: dict[str, TensorRecord]
-    tied: tuple[tuple[str, ...], ...] = ()
-    dropped: tuple[str, ...] = ()
+    tied: Annotated[tuple[tuple[str, ...], ...], FailFast()] = ()
+    dropped: Annotated[tuple[str, ...], FailFast()] = ()
 
     _label: str = PrivateAttr(default="the manifest")
 
     @classmethod
     def from_text(cls, text: Text) -> Self:
-        manifest = super().from_text(text)
+        # Some at a time: what is wrong with each takes a hundred times the memory of the tensor itself.
+        rest = list(text.data["tensors"].items()) if _has_many_tensors(text.data) else []
+        manifest = super().from_text(text if not rest else replace(text, data=text.data | {"tensors": {}}))
+        records = dict(manifest.tensors)
+        for start in range(0, len(rest), _AT_ONCE):
+            part = {"base": [], "tied": [], "dropped": [], "tensors": dict(rest[start : start + _AT_ONCE])}
+            records |= super().from_text(replace(text, data=text.data | part)).tensors
+        manifest = manifest.model_copy(update={"tensors": records})
         manifest._label = text.label
         return manifest
 
@@ -229,6 +239,11 @@ class Manifest(Document):
         """Raise ManifestError if nothing is frozen."""
         if not any(record.frozen for record in self.tensors.values()):
             raise ManifestError(self._label, [Problem("tensors", "nothing is frozen: there is nothing to prove")])
+
+
+def _has_many_tensors(data: object) -> bool:
+    tensors = data.get("tensors") if isinstance(data, dict) else None
+    return isinstance(tensors, dict) and len(tensors) > _AT_ONCE
 
 
 def root_of(tensors: Mapping[str, TensorRecord], algorithm: str) -> str:

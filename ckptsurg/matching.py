@@ -33,6 +33,15 @@ from .wording import closest, shown
 
 __all__ = ["Names"]
 
+#: From how many modules a step may be taken by all patterns together: so often, and so much oftener for each name. One
+#: ``**`` takes a step from every module. Some ten million are taken in a few seconds.
+_STEPS = 10_000_000
+_STEPS_PER_NAME = 2_000
+#: What an alternative costs besides, and a glob that is compiled.
+_STEPS_PER_ALTERNATIVE = 50
+#: That are kept compiled, at some 3 kB each.
+_MOST_GLOBS = 256
+
 
 class Names:
     """A fixed set of names that patterns are matched against.
@@ -51,6 +60,7 @@ class Names:
         self._children_of = children or {}
         self._layers = layers
         self._globs: dict[str, Callable[[str], bool]] = {}
+        self._steps_left = _STEPS + _STEPS_PER_NAME * len(self._names)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -72,7 +82,16 @@ class Names:
         whole = pattern in self._names or pattern.startswith("re:")
         return [(one, self._alternative(one)) for one in ([pattern] if whole else expand_braces(pattern))]
 
+    def _spend(self, steps: int) -> None:
+        """Short patterns can be made to take long: many alternatives, each looked for in every module."""
+        self._steps_left -= steps
+        if self._steps_left < 0:
+            raise PatternError(
+                "is one too many for these names: with those before it, it takes too long; make it narrower"
+            )
+
     def _alternative(self, pattern: str) -> list[str]:
+        self._spend(_STEPS_PER_ALTERNATIVE)
         if pattern in self._names:
             return [pattern]
         if pattern.startswith("re:"):
@@ -135,6 +154,7 @@ class Names:
         """The modules, each once, and the names of tensors that the steps lead to."""
         modules, names = [self._tree.root], list[str]()
         for step in steps:
+            self._spend(len(modules))
             if isinstance(step, AnyDepth):
                 names += self._tree.names_below(modules)
                 modules = self._tree.modules_below(modules)
@@ -143,6 +163,7 @@ class Names:
                 names = [name for module in modules if key in module.tensors for name in module.tensors[key]]
                 modules = [module.modules[key] for module in modules if key in module.modules]
             else:
+                self._spend(sum(len(module.modules) + len(module.tensors) for module in modules))
                 tested = [(module, self._test(step, module)) for module in modules]
                 names = [
                     n for module, fits in tested for key, some in module.tensors.items() if fits(key) for n in some
@@ -167,6 +188,9 @@ class Names:
     def _glob(self, text: str) -> Callable[[str], bool]:
         """A test of segments, of which many are alike."""
         if text not in self._globs:
+            self._spend(_STEPS_PER_ALTERNATIVE)
+            if len(self._globs) >= _MOST_GLOBS:
+                self._globs.clear()
             parts = (
                 ".*" if part == "*" else "." if part == "?" else _escape(part) for part in re.split("([*?])", text)
             )

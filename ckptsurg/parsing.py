@@ -9,14 +9,15 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, BinaryIO, NoReturn, TypeAlias
 
 from .errors import DocumentError, Problem, SystemFailure, UsageError
 from .wording import shown
 
-__all__ = ["MAX_DIGITS", "Place", "Text", "describe_place", "parse_json", "read_bytes"]
+__all__ = ["MAX_DIGITS", "Place", "Text", "describe_place", "parse_json", "read_bytes", "read_up_to"]
 
 MAX_DIGITS = 100
+_CHUNK = 1 << 16
 
 #: Where something stands in a document: keys and positions from the top.
 Place: TypeAlias = tuple[str | int, ...]
@@ -86,16 +87,27 @@ def read_bytes(path: Path, limit: int, error: type[DocumentError]) -> bytes:
         with path.open("rb") as file:
             if stat.S_ISCHR(os.fstat(file.fileno()).st_mode) and not file.isatty():
                 raise error(label, [Problem("", "is a device; expected a document")])  # /dev/zero has no end
-            raw = file.read(limit + 1)
+            raw = read_up_to(limit, file)
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"{label}: no such file") from None
     except IsADirectoryError:
         raise UsageError(f"{label}: is a folder; expected a document") from None
     except OSError as failure:
         raise SystemFailure(f"{label}: cannot be read: {failure.strerror}") from None
-    if len(raw) > limit:
+    if raw is None:
         raise error(label, [Problem("", f"larger than {limit:,} bytes")])
     return raw
+
+
+def read_up_to(limit: int, file: BinaryIO) -> bytes | None:
+    """All that a file holds, or None if that is more than ``limit`` bytes; memory is taken for what there is."""
+    raw = bytearray()
+    while len(raw) <= limit:
+        chunk = file.read(min(_CHUNK, limit + 1 - len(raw)))
+        if not chunk:
+            return bytes(raw)
+        raw += chunk
+    return None
 
 
 def parse_json(content: str, *, floats: bool = True, finish: Callable[[dict[str, Any]], object] | None = None) -> Any:

@@ -10,7 +10,7 @@ from .documents import suggest
 from .errors import Problem, SpecError
 from .layers import from_metadata
 from .matching import Names
-from .parsing import Place, Text, describe_place
+from .parsing import Place, Text
 from .patterns import OutOfRange, PatternError
 from .spec import FreezeItem, Item, Spec, Where
 from .tensors import DTYPE_BITS, TensorInfo
@@ -18,8 +18,6 @@ from .wording import counted, enumerate_names, shown
 
 __all__ = ["Selection", "Space", "module_and_leaf", "select", "selected_names"]
 
-#: Of all patterns of a list together.
-_MAX_ALTERNATIVES = 100_000
 #: Output heads that share their tensor with the input embeddings in many models, and what the latter are called.
 _TIED_HEADS = re.compile(r"(?:^|[./])(lm_head|embed_out|output_projection|decoder|proj_out)(?=[./]|$)")
 _EMBEDDINGS = "**.{embed_tokens,wte,word_embeddings,embed_in,shared,tok_embeddings}"
@@ -80,13 +78,8 @@ def select(spec: Spec, place: Place, items: Sequence[Item], space: Space) -> Sel
     rows: dict[str, tuple[int, int]] = {}
     problems: list[Problem] = []
     notes: list[str] = []
-    alternatives = 0
     for position, item in enumerate(items):
         here = (*place, position)
-        if alternatives > _MAX_ALTERNATIVES:
-            message = f"braces expand to more than {_MAX_ALTERNATIVES:,} alternatives in all of {describe_place(place)}"
-            problems.append(spec.problem((*here, "match"), message))
-            break
         exact = item.match in space.tensors
         negative = item.match.startswith("!") and not exact
         pattern = item.match[1:] if negative else item.match
@@ -104,7 +97,6 @@ def select(spec: Spec, place: Place, items: Sequence[Item], space: Space) -> Sel
                 continue
             problems.append(spec.problem((*here, "match"), f'"{shown(item.match)}": {error}'))
             continue
-        alternatives += len(hits)
         total: set[str] = set()
         idle: list[tuple[str, int]] = []
         for alternative, hit in hits:

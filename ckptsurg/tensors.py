@@ -155,7 +155,7 @@ def unstorable(name: object, info: TensorInfo) -> str | None:
     if not isinstance(name, str):
         return f"is the name of a tensor, and no text but {type(name).__name__}"
     if info.dtype not in DTYPE_BITS:
-        return f"is {info.dtype}, which safetensors does not have"
+        return f"is {shown(info.dtype)}, which safetensors does not have"
     if len(info.shape) > MAX_RANK:
         return f"has {len(info.shape)} dimensions; {MAX_RANK} are allowed"
     if info.elements * DTYPE_BITS[info.dtype] % 8:

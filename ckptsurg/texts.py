@@ -82,7 +82,8 @@ _UNQUOTED = re.compile(
 )
 
 
-_CONTROL = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+#: The line breaks of Unicode are among them: YAML 1.1 ends lines at them, and YAML 1.2 and JSON do not.
+_CONTROL = re.compile("[^\t\n\r\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 class _Builder:
