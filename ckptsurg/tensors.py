@@ -6,7 +6,9 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import prod
+from threading import Event, Thread
 from typing import Protocol, TypeAlias
 
 from blake3 import blake3
@@ -180,8 +182,27 @@ _IS_CHILD = [False]
 os.register_at_fork(after_in_child=lambda: _IS_CHILD.__setitem__(0, True))
 
 
+@cache
+def _has_threads() -> bool:
+    """Whether the system lets the process have a thread for each core now. BLAKE3 panics where it does not."""
+    is_done = Event()
+    threads = [Thread(target=is_done.wait, name="ckptsurg-asking") for _ in range(os.cpu_count() or 1)]
+    try:
+        for thread in threads:
+            thread.start()
+    except RuntimeError:  # a limit on processes
+        return False
+    finally:
+        is_done.set()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+    return True
+
+
 def _blake3(threads: int | None) -> _Hash:
-    return blake3(max_threads=1 if _IS_CHILD[0] else threads or blake3.AUTO)
+    is_alone = threads == 1 or _IS_CHILD[0] or not _has_threads()
+    return blake3(max_threads=1 if is_alone else threads or blake3.AUTO)
 
 
 def _sha256(threads: int | None) -> _Hash:

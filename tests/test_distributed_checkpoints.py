@@ -254,7 +254,7 @@ def test_malicious_pieces_run_nothing(tmp_path, saved):
 
     (saved / "payload.distcp").write_bytes(raw)
     edit(saved, point_at_payload)
-    refused = pytest.raises(ckptsurg.CheckpointError, match=r'tensor "head": holds posix\.system, which could run code')
+    refused = pytest.raises(ckptsurg.CheckpointError, match=r'"head".*holds posix\.system, which could run code')
     with ckptsurg.open_checkpoint(saved) as checkpoint, refused:
         list(checkpoint.read("head"))
     assert not (tmp_path / "ran").exists()
@@ -295,6 +295,28 @@ def _overlap(metadata: Metadata) -> None:
     _record(metadata, "body.2.weight").chunks.append(copy.copy(chunk))
 
 
+def _hole(metadata: Metadata) -> None:
+    """Of four quarters one is there twice, and one not at all."""
+    [chunk] = _record(metadata, "body.2.weight").chunks
+    place = _place(metadata, "body.2.weight")
+    for offsets in ([0, 0], [0, 2], [3, 0], [3, 0]):
+        sizes = [3 - offsets[0] or 2, 2]
+        _record(metadata, "body.2.weight").chunks.append(type(chunk)(torch.Size(offsets), torch.Size(sizes)))
+        metadata.storage_data[MetadataIndex("model.body.2.weight", torch.Size(offsets))] = place
+    _record(metadata, "body.2.weight").chunks.remove(chunk)
+
+
+def _resize(metadata: Metadata, size: list[int]) -> None:
+    _record(metadata, "head").size = torch.Size(size)
+    _shift(metadata, size)
+
+
+def _cut_along_all(metadata: Metadata) -> None:
+    record = _record(metadata, "head")
+    record.size = torch.Size([2] * 9)
+    record.chunks[0].offsets, record.chunks[0].sizes = torch.Size([1] * 9), torch.Size([1] * 9)
+
+
 #: What is done to good metadata, and what is said of it.
 EDITS: dict[str, tuple[Any, str]] = {
     "leaves-the-folder": (
@@ -309,17 +331,31 @@ EDITS: dict[str, tuple[Any, str]] = {
     "no-place": (lambda m: m.storage_data.clear(), "the metadata does not say where its piece at [0, 0"),
     "piece-too-small": (lambda m: _shift(m, [6, 5]), 'tensor "head": its pieces are not the whole of it'),
     "piece-too-large": (lambda m: _shift(m, [8, 5]), 'tensor "head": its pieces are not the whole of it'),
-    "negative-piece": (lambda m: _shift(m, [-7, -5]), 'tensor "head": its pieces are not the whole of it'),
-    "rank": (lambda m: _shift(m, [35]), 'tensor "head": its pieces are not the whole of it'),
-    "negative-size": (lambda m: setattr(_record(m, "head"), "size", torch.Size([-7, 5])), "is damaged: "),
-    "unhashable-path": (lambda m: m.planner_data.update({"model.head": ("model", [])}), "is damaged: "),
+    "negative-piece": (lambda m: _shift(m, [-7, -5]), 'the metadata is malformed: "model.head"'),
+    "rank": (lambda m: _shift(m, [35]), 'the metadata is malformed: "model.head"'),
+    "negative-size": (lambda m: setattr(_record(m, "head"), "size", torch.Size([-7, 5])), 'malformed: "model.head"'),
+    "unhashable-path": (lambda m: m.planner_data.update({"model.head": ("model", [])}), 'the path of "model.head"'),
     "overlap": (_overlap, 'tensor "body.2.weight": its pieces are not the whole of it'),
+    "hole": (_hole, 'tensor "body.2.weight": its pieces are not the whole of it'),
+    "without-end": (
+        lambda m: _resize(m, [10**9, 10**9]),
+        'tensor "head": its piece at [0, 0] has 1,',
+    ),
+    "cut-along-all": (_cut_along_all, 'tensor "head": is cut along 9 dimensions; 8 are allowed'),
+    "chunks": (lambda m: setattr(_record(m, "head"), "chunks", [5]), 'the metadata is malformed: "model.head"'),
+    "name": (lambda m: m.state_dict_metadata.update({5: 1}), "malformed: int in place of a name"),
+    "no-dictionary": (lambda m: setattr(m, "storage_data", [1]), "the metadata is malformed: storage_data"),
+    "offset": (lambda m: setattr(_place(m, "head"), "offset", "0"), 'malformed: where "model.head" is'),
+    "transform": (
+        lambda m: setattr(_place(m, "head"), "transform_descriptors", ["stream.zstd"]),
+        "was saved through a transform (hint: save it without extensions)",
+    ),
     "no-tensors": (lambda m: m.state_dict_metadata.clear(), "holds no tensor"),
     "dtype": (
         lambda m: setattr(_record(m, "head").properties, "dtype", "F32"),
-        "the metadata is malformed: model.head",
+        'the metadata is malformed: "model.head"',
     ),
-    "size": (lambda m: setattr(_record(m, "head"), "size", [7, 5]), "the metadata is malformed: model.head"),
+    "size": (lambda m: setattr(_record(m, "head"), "size", [7, 5]), 'the metadata is malformed: "model.head"'),
     "complex128": (
         lambda m: setattr(_record(m, "head").properties, "dtype", torch.complex128),
         'tensor "head": is torch.complex128, which safetensors does not have',
@@ -328,13 +364,13 @@ EDITS: dict[str, tuple[Any, str]] = {
         lambda m: setattr(_record(m, "head").properties, "layout", torch.sparse_coo),
         'tensor "head": has the layout torch.sparse_coo; only dense tensors are compared',
     ),
-    "path": (lambda m: m.planner_data.update({"model.head": 5}), "the metadata is malformed: the path of model.head"),
+    "path": (lambda m: m.planner_data.update({"model.head": 5}), 'the metadata is malformed: the path of "model.head"'),
     "two-on-one-path": (
         lambda m: m.planner_data.update({"model.head": ("model", "body.2.bias")}),
-        "the metadata is malformed: the path of model.head",
+        'the metadata is malformed: the path of "model.head"',
     ),
     "storage-data": (lambda m: m.storage_data.update({"x": 1}), "the metadata is malformed: storage_data"),
-    "state-dict-metadata": (lambda m: m.state_dict_metadata.update({"x": 1}), "the metadata is malformed: x"),
+    "state-dict-metadata": (lambda m: m.state_dict_metadata.update({"x": 1}), 'the metadata is malformed: "x"'),
     "nothing": (lambda m: m.__dict__.clear(), "damaged"),
 }
 
@@ -344,6 +380,78 @@ def test_metadata_that_does_not_hold_is_refused(saved, case):
     change, said = EDITS[case]
     edit(saved, change)
     assert said in refusal(saved)
+
+
+def test_with_any_byte_changed_metadata_is_refused_or_read_right(tmp_path):
+    saved = tmp_path / "saved"
+    dcp.save({"model": {"a": torch.arange(4.0), "b": torch.ones(2, 3)}, "step": 3}, checkpoint_id=saved)
+    good, raw = stored(saved), (saved / ".metadata").read_bytes()
+    tensors, said = set(good.values()), []
+    for place, mask in ((place, mask) for place in range(len(raw)) for mask in (0x01, 0xFF)):
+        (saved / ".metadata").write_bytes(raw[:place] + bytes([raw[place] ^ mask]) + raw[place + 1 :])
+        try:
+            found = stored(saved)
+        except ckptsurg.CheckpointError as error:
+            said.append(str(error))
+        else:
+            assert tensors.issuperset(found.values()), "a name may be another, but nothing else"
+    assert len(said) > len(raw) and all(one.isprintable() and one.startswith(str(saved)) for one in said)
+
+
+def test_with_any_byte_changed_pieces_are_refused_or_read_right(tmp_path):
+    tensor = torch.arange(1.0, 9.0)
+    dcp.save({"a": tensor}, checkpoint_id=tmp_path / "saved")
+    path, good = shard(tmp_path / "saved"), stored(tmp_path / "saved")
+    raw, bits = path.read_bytes(), tensor.numpy().tobytes()
+    own, refused = range(raw.index(bits), raw.index(bits) + len(bits)), 0
+    for place in range(len(raw)):
+        path.write_bytes(raw[:place] + bytes([raw[place] ^ 0xFF]) + raw[place + 1 :])
+        try:
+            assert (stored(tmp_path / "saved") == good) == (place not in own)
+        except ckptsurg.CheckpointError:
+            refused += 1
+    assert refused > len(raw) / 3
+
+
+def test_a_piece_of_another_dtype_is_not_converted(saved):
+    edit(saved, lambda metadata: setattr(_record(metadata, "head").properties, "dtype", torch.float16))
+    with ckptsurg.open_checkpoint(saved) as checkpoint, pytest.raises(ckptsurg.CheckpointError) as caught:
+        list(checkpoint.read("head"))
+    name = shard(saved).name
+    said = f'{saved}: tensor "head": its piece at [0, 0] in {name} is F32 [7, 5], expected F16 [7, 5]'
+    assert str(caught.value).startswith(said)
+
+
+def test_a_tensor_in_many_pieces_is_put_together(tmp_path):
+    """A mesh of processes cuts along several dimensions, unevenly."""
+    tensor = torch.arange(5 * 7 * 3, dtype=torch.int16).reshape(5, 7, 3)
+    boxes = {(a, b, 0): tensor[a : a + m, b : b + n] for a, m in ((0, 2), (2, 3)) for b, n in ((0, 4), (4, 1), (5, 2))}
+    dcp.save({str(place): part.clone() for place, part in boxes.items()}, checkpoint_id=tmp_path / "saved")
+
+    def gather(metadata: Metadata) -> None:
+        records, places = metadata.state_dict_metadata, metadata.storage_data
+        whole = copy.deepcopy(records[str((0, 0, 0))])
+        whole.size = tensor.shape
+        whole.chunks = [type(whole.chunks[0])(torch.Size(place), part.shape) for place, part in boxes.items()]
+        for place in boxes:
+            offsets = torch.Size(place)
+            places[MetadataIndex("w", offsets)] = places.pop(MetadataIndex(str(place), torch.Size([0, 0, 0])))
+        metadata.state_dict_metadata, metadata.planner_data = {"w": whole}, {"w": ("w",)}
+
+    edit(tmp_path / "saved", gather)
+    assert stored(tmp_path / "saved") == {"w": ("I16", (5, 7, 3), tensor.numpy().tobytes())}
+
+
+def test_metadata_that_would_be_shown_or_built_without_end_is_refused(saved):
+    nested = b")\x85" + b"q\x00h\x00\x86" * 64
+    for pickled, said in (
+        (b"ctorch\nSize\n" + nested + b"\x85R.", "more is given to a call than torch writes"),
+        (b"ctorch.distributed.checkpoint.metadata\nTensorProperties\n)\x81" + nested + b"b.", "a state that torch"),
+        (b"}" * 30_000_000 + b".", "unpickled, it would take far more memory than the file has bytes"),
+        (b"\x8d" + b"\xff" * 6 + b"\0\0.", "unpickled, it would take far more memory than the file has bytes"),
+    ):
+        (saved / ".metadata").write_bytes(b"\x80\x04" + pickled)
+        assert said in refusal(saved)
 
 
 def test_metadata_cut_short_anywhere_is_refused(saved):
@@ -377,7 +485,10 @@ def test_a_damaged_file_is_one_message(saved):
     path.write_bytes(bytes(path.stat().st_size))
     with ckptsurg.open_checkpoint(saved) as checkpoint, pytest.raises(ckptsurg.CheckpointError) as caught:
         list(checkpoint.read("head"))
-    assert str(caught.value).startswith(f'{saved}: tensor "head": is damaged') and str(caught.value).isprintable()
+    assert (
+        str(caught.value).startswith(f'{saved}: tensor "head": its piece at [0, 0] in {path.name}: expected')
+        and str(caught.value).isprintable()
+    )
 
 
 def test_a_file_that_leads_out_of_the_folder_is_refused(tmp_path, saved):

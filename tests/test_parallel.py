@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
 import pytest
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -152,3 +155,21 @@ def test_buffers_of_many_threads_are_small():
     assert buffer_bytes(1) == buffer_bytes(8) == 2 << 20
     assert all(buffer_bytes(jobs) * jobs <= 32 << 20 for jobs in range(1, 500))
     assert buffer_bytes(10_000) == 64 << 10
+
+
+def test_where_no_thread_may_be_started_digests_are_made_without():
+    script = """
+import os, resource
+from ckptsurg.tensors import Digester
+if os.getuid() == 0:  # whom no limit binds
+    os.setgroups([])
+    os.setresuid(65534, 65534, 65534)
+resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+for threads in (None, 2):
+    digester = Digester("blake3", threads)
+    digester.update(bytes(1 << 20))
+    print(digester)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == [f"blake3:{blake3(bytes(1 << 20)).hexdigest()}"] * 2

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from math import prod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +15,20 @@ from ..checkpoints import Checkpoint, StoredFile, open_stored
 from ..errors import CheckpointError
 from ..tensors import DTYPE_BITS, TensorInfo
 from ..wording import shown
+from .archive_safety import examined
 from .distributed_metadata import malformed, read_metadata
 from .endings import DISTRIBUTED_METADATA, PART_OF_DISTRIBUTED
 from .indexes import allow_descriptors, contained, refuse_unsafe
 from .saved_by_torch import AGAIN, UnchangedFiles, find_state_dict, reading
 
 if TYPE_CHECKING:
+    import torch
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 
 __all__ = ["open_distributed"]
+
+#: Dimensions along which a tensor may be cut; meshes of processes have three or four.
+_MOST_CUT = 8
 
 
 def open_distributed(path: Path) -> Checkpoint:
@@ -42,7 +50,7 @@ def open_distributed(path: Path) -> Checkpoint:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     infos: dict[str, TensorInfo] = {}
-    places: dict[str, list[str]] = {}
+    pieces: dict[str, list[_Piece]] = {}
     with reading(label):  # what is malformed in yet another way raises whatever it does
         found = find_state_dict(_nested(metadata, label), _Entry, label)
         for name, entry in found.tensors.items():
@@ -50,28 +58,48 @@ def open_distributed(path: Path) -> Checkpoint:
             record = metadata.state_dict_metadata[entry.key]
             assert isinstance(record, TensorStorageMetadata)
             infos[name] = _info(record, said)
-            places[name] = _places(metadata, entry.key, record, said)
-    inside = sorted({one for ones in places.values() for one in ones} | _shards_in(path))
+            pieces[name] = _located(metadata, entry.key, record, infos[name], said)
+    held: dict[str, dict[str, TensorInfo]] = {name: {} for name in _shards_in(path)}
+    for name, ones in pieces.items():
+        for piece in ones:
+            held.setdefault(piece.file, {})[name] = infos[name]
     with ExitStack() as stack:
         files: dict[str, StoredFile] = {}
-        allow_descriptors(len(inside) + 1)
-        for one in (DISTRIBUTED_METADATA, *inside):
+        allow_descriptors(len(held) + 1)
+        for one, inside in ((DISTRIBUTED_METADATA, infos), *sorted(held.items())):
             real = contained(path / one, path, missing=f"{label}: the file {shown(one)} is missing")
-            held = (
-                infos if one == DISTRIBUTED_METADATA else {name: infos[name] for name in infos if one in places[name]}
-            )
-            files[one] = open_stored(real, one, held)
+            files[one] = open_stored(real, one, inside)
             stack.callback(files[one].close)
         _refuse_cut_short(metadata, files, label)
-        keys = {name: entry.key for name, entry in found.tensors.items()}
-        read_from = {name: [files[one] for one in places[name]] for name in infos}
-        source = UnchangedFiles(_Pieces(path, metadata, keys, infos), read_from)
-        homes = {name: places[name][0] for name in infos if places[name]}
+        homes = {name: ones[0].file for name, ones in pieces.items() if ones}
+        read_from = {
+            name: [files[one] for one in dict.fromkeys(piece.file for piece in pieces[name])] for name in infos
+        }
+        source = UnchangedFiles(_Pieces(label, infos, pieces, files), read_from)
         opened = Checkpoint(
             path, list(files.values()), infos, {}, path, warnings=found.warnings, source=source, homes=homes
         )
         stack.pop_all()
     return opened
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A box of a tensor, and where it is: an archive of torch inside a file.
+
+    Attributes:
+        offsets: Its first element, by dimension.
+        sizes: Its shape.
+        file: Name of the file.
+        start: Of the archive in the file, in bytes.
+        length: Of the archive, in bytes.
+    """
+
+    offsets: Sequence[int]
+    sizes: Sequence[int]
+    file: str
+    start: int
+    length: int
 
 
 class _Pieces:
@@ -84,33 +112,77 @@ class _Pieces:
     """
 
     def __init__(
-        self, path: Path, metadata: Metadata, keys: Mapping[str, str], tensors: Mapping[str, TensorInfo]
+        self,
+        label: str,
+        tensors: Mapping[str, TensorInfo],
+        pieces: Mapping[str, Sequence[_Piece]],
+        files: Mapping[str, StoredFile],
     ) -> None:
         from ..frameworks.pytorch import METADATA
 
-        self.label, self.tensors, self.metadata = shown(path), tensors, METADATA
-        self._path, self._stored, self._keys = path, metadata, keys
+        self.label, self.tensors, self.metadata = label, tensors, METADATA
+        self._pieces, self._files = pieces, files
 
     def read(self, name: str) -> Iterator[memoryview]:
         import torch
-        from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-        from torch.distributed.checkpoint.filesystem import FileSystemReader
-        from torch.distributed.checkpoint.planner import LoadItemType
 
-        from ..frameworks.pytorch import bytes_of
+        from ..frameworks.pytorch import bytes_of, dtype_of
 
-        key = self._keys[name]
-        record: Any = self._stored.state_dict_metadata[key]
-        tensor = torch.empty(record.size, dtype=record.properties.dtype)
-        reader = FileSystemReader(self._path)
-        reader.set_up_storage_reader(self._stored, is_coordinator=True)
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        planner.set_up_planner({key: tensor}, self._stored, is_coordinator=True)
-        plan = planner.finish_plan(planner.create_local_plan())
-        if any(item.type is not LoadItemType.TENSOR for item in plan.items):  # anything else would be unpickled
-            raise CheckpointError(f'{self.label}: "{shown(name)}" is no tensor')
-        reader.read_data(plan, planner).wait()
-        yield from bytes_of(tensor)
+        info = self.tensors[name]
+        whole = torch.empty(info.shape, dtype=dtype_of(info))
+        for piece in self._pieces[name]:
+            said = f'{self.label}: tensor "{shown(name)}": its piece at {list(piece.offsets)} in {shown(piece.file)}'
+            spans = zip(piece.offsets, piece.sizes, strict=True)
+            box = tuple(slice(begin, begin + length) for begin, length in spans)
+            whole[box].copy_(self._load(piece, info, said))
+        yield from bytes_of(whole)
+
+    def _load(self, piece: _Piece, info: TensorInfo, label: str) -> torch.Tensor:
+        """A piece, if it is what the metadata says: copied, one of another dtype would be converted."""
+        import torch
+
+        from ..frameworks.pytorch import info_of, unreadable
+
+        part = io.BufferedReader(_Part(self._files[piece.file].descriptor, piece.start, piece.length))
+        with reading(label):
+            examined(part, piece.length, label)
+            part.seek(0)
+            loaded = torch.load(part, map_location="cpu", weights_only=True)
+        if not isinstance(loaded, torch.Tensor):
+            raise CheckpointError(f"{label} is no tensor")
+        if reason := unreadable(loaded):
+            raise CheckpointError(f"{label} {reason}")
+        found = info_of(loaded)
+        if (found.dtype, found.shape) != (info.dtype, tuple(piece.sizes)):
+            raise CheckpointError(
+                f"{label} is {found.dtype} {list(found.shape)}, expected {info.dtype} {list(piece.sizes)}", hint=AGAIN
+            )
+        return loaded
+
+
+class _Part(io.RawIOBase):
+    """A part of a file, read from its descriptor wherever that stands."""
+
+    def __init__(self, descriptor: int, start: int, length: int) -> None:
+        self._descriptor, self._start, self._length = descriptor, start, length
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        self._position = max(base + offset, 0)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)[: max(self._length - self._position, 0)]
+        count = os.preadv(self._descriptor, [view], self._start + self._position)
+        self._position += count
+        return count
 
 
 # --- What the metadata says -------------------------------------------------------------------------
@@ -131,15 +203,13 @@ def _nested(metadata: Metadata, label: str) -> dict[Any, Any]:
     paths = metadata.planner_data if isinstance(metadata.planner_data, Mapping) else {}
     for key, record in metadata.state_dict_metadata.items():
         path = paths.get(key, (key,))
-        if not isinstance(path, tuple) or not path:
-            raise malformed(label, f"the path of {shown(key)}")
         level = saved
         for part in path[:-1]:
             level = level.setdefault(part, {})
             if not isinstance(level, dict):
-                raise malformed(label, f"the path of {shown(key)}")
+                raise malformed(label, f'the path of "{shown(key)}"')
         if path[-1] in level:
-            raise malformed(label, f"the path of {shown(key)}")
+            raise malformed(label, f'the path of "{shown(key)}"')
         level[path[-1]] = _Entry(key) if isinstance(record, TensorStorageMetadata) else object()
     return saved
 
@@ -151,44 +221,71 @@ def _info(record: TensorStorageMetadata, label: str) -> TensorInfo:
 
     if record.properties.layout is not torch.strided:
         raise CheckpointError(f"{label}: has the layout {record.properties.layout}; only dense tensors are compared")
-    info = info_of(torch.empty(record.size, dtype=record.properties.dtype, device="meta"))
-    if info.dtype not in DTYPE_BITS:
-        raise CheckpointError(f"{label}: is {info.dtype}, which safetensors does not have")
-    return info
+    dtype = info_of(torch.empty(0, dtype=record.properties.dtype, device="meta")).dtype
+    if dtype not in DTYPE_BITS:
+        raise CheckpointError(f"{label}: is {dtype}, which safetensors does not have")
+    return TensorInfo(dtype, tuple(record.size))
 
 
-def _places(metadata: Metadata, key: str, record: TensorStorageMetadata, label: str) -> list[str]:
-    """The files that a tensor's pieces are in, which together are the whole of it."""
+def _located(metadata: Metadata, key: str, record: TensorStorageMetadata, info: TensorInfo, label: str) -> list[_Piece]:
+    """Where a tensor's pieces are, which together are the whole of it."""
     from torch.distributed.checkpoint.metadata import MetadataIndex
 
-    if not _is_whole(record.size, record.chunks):
+    if not _is_whole(info.shape, record.chunks, label):
         raise CheckpointError(f"{label}: its pieces are not the whole of it", hint="save the checkpoint again")
-    names = []
+    pieces = []
     for chunk in record.chunks:
         stored = metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
+        said = f"its piece at {list(chunk.offsets)}"
         if stored is None:
-            raise CheckpointError(f"{label}: the metadata does not say where its piece at {list(chunk.offsets)} is")
+            raise CheckpointError(f"{label}: the metadata does not say where {said} is")
         refuse_unsafe(stored.relative_path, label, PART_OF_DISTRIBUTED)
-        names.append(stored.relative_path)
-    return list(dict.fromkeys(names))
+        if getattr(stored, "transform_descriptors", None):  # which torch has since 2.7
+            raise CheckpointError(f"{label}: {said} was saved through a transform", hint="save it without extensions")
+        needed = TensorInfo(info.dtype, tuple(chunk.sizes)).nbytes
+        if stored.length < needed:
+            raise CheckpointError(
+                f"{label}: {said} has {stored.length:,} bytes in {shown(stored.relative_path)}, expected at least "
+                f"{needed:,}",
+                hint=AGAIN,
+            )
+        pieces.append(_Piece(chunk.offsets, chunk.sizes, stored.relative_path, stored.offset, stored.length))
+    return pieces
 
 
-def _is_whole(size: Sequence[int], chunks: Sequence[ChunkStorageMetadata]) -> bool:
-    """Whether pieces fill a tensor: none reaches out of it, no two overlap, and they have as many elements as it."""
-    if any(not len(chunk.offsets) == len(chunk.sizes) == len(size) for chunk in chunks):
-        return False
-    spans = [[(a, a + length) for a, length in zip(one.offsets, one.sizes, strict=True)] for one in chunks]
-    boxes = sorted(box for box in spans if all(begin < end for begin, end in box))
-    if any(begin < 0 or end > limit for box in boxes for (begin, end), limit in zip(box, size, strict=True)):
-        return False
-    open_boxes: list[list[tuple[int, int]]] = []
-    for box in boxes:
-        open_boxes = [other for other in open_boxes if not box or other[0][1] > box[0][0]]
-        for other in open_boxes:
-            if all(a < d and c < b for (a, b), (c, d) in zip(box, other, strict=True)):
-                return False
-        open_boxes.append(box)
-    return sum(prod(end - begin for begin, end in box) for box in boxes) == prod(size)
+def _is_whole(size: Sequence[int], chunks: Sequence[ChunkStorageMetadata], label: str) -> bool:
+    """Whether pieces fill a tensor, each element once.
+
+    A box is told by its corners, with a sign that changes from one to the next: summed up, those of boxes that fill a
+    larger one without overlap are the corners of that one, and of no others.
+    """
+    chunks = [chunk for chunk in chunks if 0 not in chunk.sizes]
+    if 0 in size:
+        return not chunks
+    cut = [
+        dim
+        for dim, length in enumerate(size)
+        if any(chunk.offsets[dim] or chunk.sizes[dim] != length for chunk in chunks)
+    ]
+    if len(cut) > _MOST_CUT:
+        raise CheckpointError(f"{label}: is cut along {len(cut)} dimensions; {_MOST_CUT} are allowed")
+    corners: Counter[tuple[int, ...]] = Counter()
+    for chunk in chunks:
+        corners.update(_corners([(chunk.offsets[dim], chunk.sizes[dim]) for dim in cut], 1))
+    corners.update(_corners([(0, size[dim]) for dim in cut], -1))
+    return not any(corners.values())
+
+
+def _corners(box: Sequence[tuple[int, int]], sign: int) -> dict[tuple[int, ...], int]:
+    """The corners of a box, given its first element and length by dimension, with their signs."""
+    corners: dict[tuple[int, ...], int] = {(): sign}
+    for begin, length in box:
+        corners = {
+            (*corner, end): value * of
+            for corner, value in corners.items()
+            for end, of in ((begin, 1), (begin + length, -1))
+        }
+    return corners
 
 
 def _shards_in(folder: Path) -> set[str]:

@@ -16,11 +16,11 @@ from ..frameworks.importing import import_torch
 from ..wording import shown
 from .endings import DISTRIBUTED_METADATA
 from .indexes import contained
-from .pickles import CarefulUnpickler
+from .pickles import CarefulUnpickler, memory_for
 from .saved_by_torch import AGAIN, reading
 
 if TYPE_CHECKING:
-    from torch.distributed.checkpoint.metadata import Metadata
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 __all__ = ["malformed", "read_metadata"]
 
@@ -48,10 +48,8 @@ def read_metadata(folder: Path, label: str) -> Metadata:
     descriptor, _ = open_regular(contained(path, folder), os.O_NOFOLLOW)
     label = shown(path)
     with open(descriptor, "rb") as file, reading(label):  # noqa: PTH123 - of a descriptor
-        try:
-            metadata = _MetadataUnpickler(file, classes).load()
-        except MemoryError:  # a length that was changed
-            raise malformed(label, "it cannot be that long") from None
+        nbytes = sum(one.stat().st_size for one in os.scandir(folder) if one.is_file())
+        metadata = _MetadataUnpickler(file, memory_for(nbytes), classes).load()
         _refuse_malformed(metadata, label)
     found: Metadata = metadata
     return found
@@ -63,8 +61,7 @@ def malformed(label: str, what: str) -> CheckpointError:
 
 
 def _refuse_malformed(metadata: Any, label: str) -> None:
-    """Every part has the type that torch gives it; what is amiss besides raises whatever it does."""
-    from torch import Size, dtype
+    """Every part has the type that torch gives it; where one is missing, Python says so."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import (
         BytesStorageMetadata,
@@ -75,29 +72,54 @@ def _refuse_malformed(metadata: Any, label: str) -> None:
 
     if not isinstance(metadata, Metadata):
         raise malformed(label, f"expected Metadata, found {type(metadata).__name__}")
-    records: dict[Any, Any] = metadata.state_dict_metadata
+    records: Any = metadata.state_dict_metadata
+    if type(records) is not dict:
+        raise malformed(label, "state_dict_metadata")
     for key, record in records.items():
         if type(key) is not str or not isinstance(record, BytesStorageMetadata | TensorStorageMetadata):
-            raise malformed(label, shown(key))
-        if isinstance(record, TensorStorageMetadata):
-            kind: Any = record.properties.dtype
-            sizes = [record.size, *(size for chunk in record.chunks for size in (chunk.offsets, chunk.sizes))]
-            if not isinstance(kind, dtype) or any(type(size) is not Size for size in sizes):
-                raise malformed(label, shown(key))
-    places: dict[Any, Any] = metadata.storage_data
+            raise malformed(label, _called(key))
+        if isinstance(record, TensorStorageMetadata) and not _is_described(record):
+            raise malformed(label, _called(key))
+    paths: Any = metadata.planner_data
+    for key, path in paths.items() if type(paths) is dict else ():
+        if type(path) is not tuple or not path or any(type(part) not in (str, int) for part in path):
+            raise malformed(label, f"the path of {_called(key)}")
+    places: Any = metadata.storage_data
+    if type(places) is not dict:
+        raise malformed(label, "storage_data")
     for index, place in places.items():
         if not isinstance(index, MetadataIndex) or not isinstance(place, _StorageInfo):
             raise malformed(label, "storage_data")
-        path: Any = place.relative_path
-        if type(path) is not str or type(place.offset) is not int or type(place.length) is not int:
-            raise malformed(label, "storage_data")
+        wanted: Any = place.relative_path
+        if type(wanted) is not str or type(place.offset) is not int or type(place.length) is not int:
+            raise malformed(label, f"where {_called(index.fqn)} is")
+
+
+def _called(key: object) -> str:
+    """A name, if it is one: what else stands in its place may be long."""
+    return f'"{shown(key)}"' if type(key) is str else f"{type(key).__name__} in place of a name"
+
+
+def _is_described(record: TensorStorageMetadata) -> bool:
+    """Whether a tensor has a dtype, a layout, a size, and pieces of as many dimensions."""
+    from torch import Size, dtype, layout
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties
+
+    about: Any = record.properties
+    if not (isinstance(about, TensorProperties) and type(about.dtype) is dtype and type(about.layout) is layout):
+        return False
+    pieces: Any = record.chunks
+    if type(pieces) is not list or not all(isinstance(one, ChunkStorageMetadata) for one in pieces):
+        return False
+    sizes: list[Any] = [record.size, *(size for one in pieces for size in (one.offsets, one.sizes))]
+    return all(type(one) is Size and len(one) == len(record.size) and min(one, default=0) >= 0 for one in sizes)
 
 
 class _MetadataUnpickler(CarefulUnpickler):
     """An unpickler that knows the classes of the metadata, and runs nothing but their construction."""
 
-    def __init__(self, file: BinaryIO, classes: Mapping[tuple[str, str], Any]) -> None:
-        super().__init__(file)
+    def __init__(self, file: BinaryIO, memory: int, classes: Mapping[tuple[str, str], Any]) -> None:
+        super().__init__(file, memory)
         self._classes = classes
         self._index = classes["torch.distributed.checkpoint.metadata", "MetadataIndex"]
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ..errors import CheckpointError, CkptsurgError
 from ..wording import shown
 from .expanding import refuse_expanding
+from .hdf5_safety import examine_hdf5, refuse_cut_archive, try_out
 
 if TYPE_CHECKING:
-    import h5py
     import keras
 
 __all__ = ["BUILDER_HINT", "examined", "malformed", "refuse_reordered", "said"]
@@ -47,13 +47,15 @@ def examined(path: Path, label: str, *, built: bool) -> str:
     import h5py
 
     with malformed(label):
+        refuse_cut_archive(path, label)
         if zipfile.is_zipfile(path):
             _refuse_name(path, label, "an archive of Keras", ".keras")
             with zipfile.ZipFile(path) as archive:
-                _examine_archive(archive, label, built=built)
+                _examine_archive(archive, path, label, built=built)
             return "model"
+        try_out(path, "", label)
         with h5py.File(path) as file:
-            _examine_hdf5(file, label)
+            examine_hdf5(file, label)
             config = file.attrs.get("model_config")
             is_legacy = config is not None or "layer_names" in file.attrs or "model_weights" in file
             if not is_legacy:
@@ -78,7 +80,7 @@ def _refuse_name(path: Path, label: str, what: str, *endings: str, but: str | No
         )
 
 
-def _examine_archive(archive: zipfile.ZipFile, label: str, *, built: bool) -> None:
+def _examine_archive(archive: zipfile.ZipFile, path: Path, label: str, *, built: bool) -> None:
     import h5py
 
     members = archive.infolist()
@@ -87,30 +89,12 @@ def _examine_archive(archive: zipfile.ZipFile, label: str, *, built: bool) -> No
     for name in (_CONFIG_NAME, _WEIGHTS_NAME):
         if name not in names:
             raise CheckpointError(f"{label}: holds no {name}, and so is no model of Keras")
+    try_out(path, _WEIGHTS_NAME, label)
     with archive.open(_WEIGHTS_NAME) as opened, h5py.File(opened, "r") as weights:
-        _examine_hdf5(weights, label)
+        examine_hdf5(weights, label)
     if not built:
         with archive.open(_CONFIG_NAME) as opened:
             _examine_config(opened.read(MAX_CONFIG_BYTES + 1), label)
-
-
-def _examine_hdf5(file: h5py.File, label: str) -> None:
-    """Refuse what would have HDF5 read another file, or give out far more than there is."""
-    import h5py
-
-    declared = stored = 0
-    links: list[tuple[str, object]] = []
-    file.visititems_links(lambda name, link: links.append((name, link)))
-    for name, link in links:
-        if not isinstance(link, h5py.HardLink):
-            raise CheckpointError(f'{label}: "{shown(name)}" is a link to elsewhere; Keras writes none')
-        one = file[name]
-        if not isinstance(one, h5py.Dataset):
-            continue
-        if one.external or one.is_virtual:
-            raise CheckpointError(f'{label}: "{shown(name)}" has its values in other files; Keras writes no such')
-        declared, stored = declared + one.nbytes, stored + one.id.get_storage_size()
-    refuse_expanding(label, declared, stored)
 
 
 def _examine_config(config: str | bytes, label: str) -> None:

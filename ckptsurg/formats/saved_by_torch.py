@@ -204,5 +204,7 @@ def _in_words(error: Exception, label: str) -> CkptsurgError:
     if "Invalid magic number" in message or "Unsupported operand" in message:
         hint = "save the state_dict() with torch.save, and with no other pickle protocol than its own"
         return CheckpointError(f"{label}: is damaged, or no pickle of torch.save", hint=hint)
+    if isinstance(error, EOFError):
+        return CheckpointError(f"{label}: is cut short, or damaged", hint=AGAIN)
     reason = message.rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
     return CheckpointError(f"{label}: is damaged: {shown(reason or type(error).__name__)}", hint=AGAIN)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import tarfile
 import warnings
-import zipfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,10 +14,10 @@ from ..checkpoints import Checkpoint, Index, StoredFile, open_regular, open_stor
 from ..errors import CheckpointError
 from ..frameworks.importing import import_torch
 from ..wording import enumerate_names, shown
+from .archive_safety import examined
 from .expanding import refuse_expanding
 from .indexes import contained, read_index, refuse_both
-from .pickles import storages_in
-from .saved_by_torch import AGAIN, UnchangedFiles, find_state_dict, reading
+from .saved_by_torch import UnchangedFiles, find_state_dict, reading
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +26,6 @@ __all__ = ["holds_archive", "open_archive", "open_archive_folder", "open_archive
 
 ARCHIVE_NAME = "pytorch_model.bin"
 ARCHIVE_INDEX_NAME = "pytorch_model.bin.index.json"
-#: In the format before ZIP: a magic number, a version, the system, what was saved, and the storages' keys.
-_OLD_PICKLES = 5
 
 
 def open_archive(path: Path, folder: Path | None = None) -> Checkpoint:
@@ -148,7 +144,7 @@ def _open(real: Path, name: str, label: str, stack: ExitStack) -> _Archive:
     """Open an archive; the stack closes it again."""
     descriptor, before = open_regular(real)
     with open(descriptor, "rb") as file:  # noqa: PTH123 - of a descriptor
-        saved = _load(real, file, label)
+        saved = _load(real, file, before.st_size, label)
     import torch
 
     from ..frameworks.pytorch import info_of
@@ -159,6 +155,8 @@ def _open(real: Path, name: str, label: str, stack: ExitStack) -> _Archive:
         if reason := _unreadable(tensor):
             raise CheckpointError(f'{label}: "{shown(tensor_name)}" {reason}')
     infos = {one: info_of(tensor) for one, tensor in found.tensors.items()}
+    for tensor_name, info in infos.items():  # one number can be said to fill any shape
+        refuse_expanding(f'{label}: tensor "{shown(tensor_name)}"', info.nbytes, before.st_size)
     stored = open_stored(real, name, infos, since=before)
     stack.callback(stored.close)
     tied = _tied(found.tensors)
@@ -166,61 +164,13 @@ def _open(real: Path, name: str, label: str, stack: ExitStack) -> _Archive:
     return _Archive(stored, found.tensors, [*found.warnings, *said], tied)
 
 
-def _load(path: Path, file: BinaryIO, label: str) -> Any:
+def _load(path: Path, file: BinaryIO, size: int, label: str) -> Any:
     """What ``torch.save`` was given, of which only weights and plain data are unpickled."""
     torch = import_torch(label)
-    prefix = file.read(64)
-    is_zip = prefix.startswith(b"PK\x03\x04")
-    if not is_zip and not prefix.startswith(b"\x80"):
-        _refuse_other(prefix, label)
     with reading(label), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of TorchScript and odd protocols; what cannot be read is an error
-        if not is_zip and tarfile.is_tarfile(path):
-            raise CheckpointError(f"{label}: is in the format of PyTorch 0.1", hint="save it again with torch.save")
-        if is_zip:
-            mmap = _can_be_mapped(file, label)
-        else:
-            mmap = False
-            file.seek(0)
-            storages_in(file, _OLD_PICKLES)
+        mmap = examined(file, size, label)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-
-
-def _refuse_other(prefix: bytes, label: str) -> None:
-    if prefix.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{label}: is a Git LFS pointer, not the file itself", hint="run `git lfs pull`")
-    found = f"0x{prefix[:4].hex()}" if prefix else "an empty file"
-    raise CheckpointError(f"{label}: expected an archive of torch.save, found {found}", hint=AGAIN)
-
-
-def _can_be_mapped(file: BinaryIO, label: str) -> bool:
-    """Whether the tensors of a ZIP archive lie in it as they are: nobody packed it again with compression."""
-    try:
-        archive = zipfile.ZipFile(file)
-    except zipfile.BadZipFile:
-        raise CheckpointError(f"{label}: the archive is damaged or cut short", hint=AGAIN) from None
-    members = {member.filename.partition("/")[2]: member for member in archive.infolist()}
-    if "constants.pkl" in members:
-        raise CheckpointError(
-            f"{label}: is a TorchScript archive, which holds code",
-            hint="torch.save(torch.jit.load(...).state_dict(), ...) saves its weights",
-        )
-    if "data.pkl" not in members:
-        raise CheckpointError(f"{label}: is a ZIP archive, but none of torch.save", hint=AGAIN)
-    if len(members) < len(archive.infolist()):
-        raise CheckpointError(f"{label}: two members of the archive have one name", hint=AGAIN)
-    refuse_expanding(
-        label, sum(one.file_size for one in members.values()), sum(one.compress_size for one in members.values())
-    )
-    # Mapped, a storage is cut out of the file by the size that the pickle gives it, whatever member it reaches into.
-    sizes = storages_in(archive.read(members["data.pkl"]))
-    for key, size in (sizes or {}).items():
-        found = members[f"data/{key}"].file_size if f"data/{key}" in members else None
-        if size is not None and size != found:
-            said = "is not there" if found is None else f"has {found:,} bytes, expected {size:,}"
-            raise CheckpointError(f"{label}: is damaged: the storage {shown(key)} {said}", hint=AGAIN)
-    is_stored = all(member.compress_type == zipfile.ZIP_STORED for member in members.values())
-    return is_stored and sizes is not None and None not in sizes.values()
 
 
 def _unreadable(tensor: torch.Tensor) -> str | None:

@@ -23,6 +23,7 @@ __all__ = [
     "TorchTensors",
     "as_dtensor",
     "bytes_of",
+    "dtype_of",
     "info_of",
     "live_tensors",
     "local_of",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 _DTYPES = {getattr(torch, name): dtype for name, dtype in DTYPES.items() if hasattr(torch, name)}
+_BY_NAME: Mapping[str, torch.dtype] = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 #: What libraries that read safetensors for torch expect to find in a file.
@@ -69,6 +71,11 @@ def info_of(tensor: torch.Tensor) -> TensorInfo:
     if tensor.is_nested:
         return TensorInfo("nested", ())
     return TensorInfo(_DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+
+
+def dtype_of(info: TensorInfo) -> torch.dtype:
+    """The dtype of torch, of one that it has."""
+    return _BY_NAME[info.dtype]
 
 
 def bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
