@@ -122,6 +122,15 @@ def attempt(read: Callable[[], T], data: bytes, refusal: type[Exception], allowa
     Raises:
         Finding: if it fails otherwise, or takes too long or too much.
     """
+    try:
+        return _attempted(read, data, refusal, allowance)
+    except Finding as found:
+        if found.kind != "memory":
+            raise
+    return _attempted(read, data, refusal, allowance)  # what was imported or kept for later is not taken again
+
+
+def _attempted(read: Callable[[], T], data: bytes, refusal: type[Exception], allowance: int) -> T | None:
     with _limited(data, allowance):
         try:
             return read()

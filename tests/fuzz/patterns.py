@@ -81,9 +81,9 @@ def select(pattern: str, names: Sequence[str]) -> set[str] | None:
     if len(names) * (deepest + 1) ** pattern.count("**") > MOST_TRIES or pattern.count("*") > MOST_STARS:
         return None
     if max(map(len, names)) > LONGEST_NAME or any(
-        re.search("[0-9]{10}|[^\x00-\x7f]", text) for text in (pattern, *names)
+        re.search("[0-9]{6}|[^\x00-\x7f]", text) for text in (pattern, *names)
     ):
-        return None  # a child's number has at most nine digits, and they are ASCII
+        return None  # the oracle counts from 0; a child's number has at most nine digits, and they are ASCII
     try:
         return select_one(pattern, list(names))
     except Wrong as refused:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import sys
+from contextlib import suppress
 from importlib import import_module
 
 import atheris
@@ -26,7 +27,10 @@ def main(name: str, *flags: str) -> None:
 
     def mutate(data: bytes, limit: int, seed: int) -> bytes:
         rng = random.Random(seed)
-        changed = target.mutate(data, rng) if target.mutate is not None and rng.random() < 0.6 else None
+        changed = None
+        if target.mutate is not None and rng.random() < 0.6:
+            with suppress(RecursionError):  # what is nested so deep is left to bytes
+                changed = target.mutate(data, rng)
         if changed is None or len(changed) > limit:
             return bytes(atheris.Mutate(data, limit))
         return changed
