@@ -50,6 +50,7 @@ def of_output(manifest: Manifest, output: Checkpoint, *, jobs: int = 1, progress
         UsageError: if it is not the output of this manifest.
         CheckpointError: if it changes meanwhile.
     """
+    output.refuse_remote_folder()
     with ExitStack() as stack:
         files = [*output.files, *_beside(output, stack)]
         meter = Meter(sum(file.size for file in (*files, *output.files)), progress)

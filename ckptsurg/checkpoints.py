@@ -17,6 +17,7 @@ from typing import Any, Self
 from .errors import CheckpointError, SystemFailure, UsageError, system_failures
 from .parsing import read_up_to
 from .tensors import CHUNK_BYTES, Buffer, TensorInfo, TensorSource, digest_of, sections
+from .urls import URL
 from .wording import shown
 
 __all__ = [
@@ -72,6 +73,27 @@ class StoredFile:
     def close(self) -> None:
         os.close(self.descriptor)
 
+    def fill(self, view: memoryview, offset: int, label: str) -> None:
+        """Fill a buffer with the file's bytes from an offset; errors are those of ``read_into``.
+
+        By ``pread``: a file that is cut short is an error here, where a mapped one would kill the process.
+        """
+        filled = 0
+        while filled < len(view):
+            try:
+                count = os.preadv(self.descriptor, [view[filled:]], offset + filled)
+            except OSError as failure:
+                raise SystemFailure(f"{label}: {shown(self.name)} cannot be read: {failure.strerror}") from None
+            if count == 0:
+                raise CheckpointError(
+                    f"{label}: {shown(self.name)} was cut short while it was read: expected "
+                    f"{self.size:,} bytes, found {os.fstat(self.descriptor).st_size:,}"
+                )
+            filled += count
+
+    def conclude(self) -> None:
+        """Called after the last read, where nothing failed; raises CheckpointError if what was read is not one file."""
+
     def refuse_if_changed(self, label: str) -> None:
         """Raise CheckpointError if somebody wrote to the file since it was opened."""
         if _identity(os.fstat(self.descriptor)) != _identity(self.status):
@@ -123,8 +145,10 @@ class Checkpoint:
         index: The index, where there is one.
         warnings: What is odd but no error.
         source: What a framework's own reader gave, or what is in memory.
-        homes: In which file the tensors without an extent are, where there are several.
+        homes: In which file tensors belong, where their extents do not say so.
         tied: Groups of names that stand for one tensor.
+        url: Where it is, of a checkpoint on another machine; it has neither path nor folder here.
+        remote_folder: The model folder there, whose other files belong to the checkpoint; None for a lone file.
         metadata: Text by key, of all files together; None where none has any.
         clashes: Metadata that two files had and that could not both be kept.
     """
@@ -139,6 +163,8 @@ class Checkpoint:
     source: TensorSource | None = None
     homes: Mapping[str, str] = field(default_factory=dict)
     tied: Sequence[Sequence[str]] = ()
+    url: URL | None = None
+    remote_folder: URL | None = None
     label: str = field(init=False)
     metadata: Mapping[str, str] | None = field(init=False)
     clashes: Sequence[str] = field(init=False)
@@ -146,7 +172,8 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         self._closer = weakref.finalize(self, _close, list(self.files))
-        self.label = shown(self.path) if self.path is not None else self.source.label if self.source else ""
+        place = self.path if self.path is not None else self.url
+        self.label = shown(place) if place is not None else self.source.label if self.source else ""
         self.metadata, self.clashes = merged_metadata(self.files)
         if self.source is not None:
             self.metadata = getattr(self.source, "metadata", None)
@@ -158,9 +185,11 @@ class Checkpoint:
 
     def file_of(self, name: str) -> str:
         """The name of the file that a tensor is in; empty for what is in memory."""
+        if name in self.homes:
+            return self.homes[name]
         if name in self.extents:
             return self.extents[name].file.name
-        return self.homes.get(name) or (self.files[0].name if self.files else "")
+        return self.files[0].name if self.files else ""
 
     @cached_property
     def counts(self) -> Mapping[StoredFile, int]:
@@ -168,7 +197,9 @@ class Checkpoint:
         return Counter(extent.file for extent in self.extents.values())
 
     def path_of(self, file: StoredFile) -> Path:
-        """Where a file of the checkpoint is."""
+        """Where a file of the checkpoint is. One on another machine is below what is no folder: no path leads to it."""
+        if self.url is not None:
+            return Path(os.devnull, file.name)
         home = self.folder or (self.path.parent if self.path is not None else Path())
         return home / file.name
 
@@ -198,6 +229,14 @@ class Checkpoint:
         for file in self.files:
             file.refuse_if_changed(self.label)
 
+    def refuse_remote_folder(self) -> None:
+        """Raise UsageError if there are files beside the weights, and they are on another machine."""
+        if self.remote_folder is not None:
+            raise UsageError(
+                f"{self.label}: is not on this machine: of a model folder there, only the weights are fetched",
+                hint="download it and give its path; an output that ends in .safetensors takes the weights alone",
+            )
+
     def close(self) -> None:
         self._closer()
 
@@ -207,7 +246,12 @@ class Checkpoint:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            if kind is None and self._closer.alive:
+                for file in self.files:
+                    file.conclude()
+        finally:
+            self.close()
 
 
 def extents_of(source: TensorSource) -> Mapping[str, Extent]:
@@ -332,21 +376,8 @@ def read_extent(extent: Extent, label: str) -> Iterator[memoryview]:
 def read_into(view: memoryview, file: StoredFile, offset: int, label: str) -> None:
     """Fill a buffer with the bytes of a file from an offset.
 
-    By ``pread``: a file that is cut short is an error here, where a mapped one would kill the process.
-
     Raises:
-        CheckpointError: if the file ends before.
+        CheckpointError: if the file ends before, or on another machine is not the one that was opened.
         SystemFailure: if the system cannot read it.
     """
-    filled = 0
-    while filled < len(view):
-        try:
-            count = os.preadv(file.descriptor, [view[filled:]], offset + filled)
-        except OSError as failure:
-            raise SystemFailure(f"{label}: {shown(file.name)} cannot be read: {failure.strerror}") from None
-        if count == 0:
-            raise CheckpointError(
-                f"{label}: {shown(file.name)} was cut short while it was read: expected "
-                f"{file.size:,} bytes, found {os.fstat(file.descriptor).st_size:,}"
-            )
-        filled += count
+    file.fill(view, offset, label)

@@ -11,11 +11,12 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from .checkpoints import Extent, StoredFile, open_regular
 from .errors import CheckpointError, system_failures
@@ -23,7 +24,18 @@ from .parsing import parse_json
 from .tensors import DTYPE_BITS, MAX_RANK, TensorInfo, refused_name
 from .wording import counted, quoted, shown
 
-__all__ = ["MAX_HEADER_BYTES", "OpenedFile", "begins_like_safetensors", "encode_header", "open_file"]
+__all__ = [
+    "MAX_HEADER_BYTES",
+    "OpenedFile",
+    "ReadAt",
+    "begins_like_safetensors",
+    "encode_header",
+    "open_file",
+    "read_header",
+]
+
+#: Reads at most so many bytes from an offset, as ``os.pread`` does; none at the end of the file.
+ReadAt: TypeAlias = Callable[[int, int], bytes]
 
 MAX_HEADER_BYTES = 100_000_000
 _LENGTH_BYTES = 8
@@ -83,15 +95,36 @@ def open_file(path: Path, name: str, flags: int = 0, called: Path | None = None)
     descriptor, status = open_regular(path, flags, label)
     try:
         with system_failures(label):
-            header = _read_header(descriptor, status.st_size, label)
-        metadata, entries = _parse_header(header, label)
-        file = StoredFile(name, descriptor, status, len(header), metadata)
-        del header  # it may be as large as all that is made of it
-        tensors, extents = _check_layout(file, entries, label)
+            return read_header(
+                partial(os.pread, descriptor),
+                status.st_size,
+                label,
+                lambda length, metadata: StoredFile(name, descriptor, status, length, metadata),
+            )
     except BaseException:
         os.close(descriptor)
         raise
-    return OpenedFile(file, tensors, extents)
+
+
+def read_header(
+    read: ReadAt, size: int, label: str, stored: Callable[[int, Mapping[str, str] | None], StoredFile]
+) -> OpenedFile:
+    """Read and check the header of a file of weights, wherever it is.
+
+    Args:
+        read: Reads it.
+        size: Of the file, in bytes.
+        label: How messages call it.
+        stored: Given the length of the header in bytes and the metadata: the file.
+
+    Raises:
+        CheckpointError: if it is malformed, or no safetensors file.
+    """
+    header = _read_header(read, size, label)
+    metadata, entries = _parse_header(header, label)
+    file = stored(len(header), metadata)
+    del header  # it may be as large as all that is made of it
+    return OpenedFile(file, *_check_layout(file, entries, label))
 
 
 def begins_like_safetensors(prefix: bytes) -> bool:
@@ -100,8 +133,8 @@ def begins_like_safetensors(prefix: bytes) -> bool:
     return 0 < length <= MAX_HEADER_BYTES and prefix[_LENGTH_BYTES : _LENGTH_BYTES + 1] == b"{"
 
 
-def _read_header(descriptor: int, size: int, label: str) -> bytes:
-    prefix = os.pread(descriptor, 64, 0)
+def _read_header(read: ReadAt, size: int, label: str) -> bytes:
+    prefix = read(64, 0)
     if size < _LENGTH_BYTES:
         hint = "the download or copy broke off; fetch it again" if size == 0 else None
         raise CheckpointError(
@@ -111,7 +144,7 @@ def _read_header(descriptor: int, size: int, label: str) -> bytes:
     header = b""
     if 0 < length <= min(MAX_HEADER_BYTES, size - _LENGTH_BYTES):
         while (missing := length - len(header)) > 0:
-            chunk = os.pread(descriptor, missing, _LENGTH_BYTES + len(header))
+            chunk = read(missing, _LENGTH_BYTES + len(header))
             if not chunk:
                 raise CheckpointError(f"{label}: was cut short while its header was read")
             header += chunk

@@ -6,6 +6,7 @@ Each is imported once there is a checkpoint of its kind.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Literal
 from ..checkpoints import Checkpoint
 from ..errors import UsageError, system_failures
 from ..header import begins_like_safetensors
+from ..urls import URL, as_url
 from ..wording import shown
 from . import endings
 from .adapter import AdapterOverBase, adapter_in, base_of_adapter
@@ -22,9 +24,10 @@ __all__ = ["NO_MODEL", "AdapterOverBase", "is_keras_file", "open_checkpoint", "o
 
 #: Of a model that is given for nothing.
 NO_MODEL = "{}: a model is given, and this is no file of Keras"
+_TAKEN_APART = re.compile(r"[a-z][a-z0-9]+:/[^/]")
 
 
-def open_checkpoint(path: str | Path, *, model: Callable[[], Any] | None = None) -> Checkpoint:
+def open_checkpoint(path: str | Path | URL, *, model: Callable[[], Any] | None = None) -> Checkpoint:
     """Open a checkpoint.
 
     Of safetensors only headers are read. Other formats are read by their frameworks, which must be installed: archives
@@ -32,7 +35,8 @@ def open_checkpoint(path: str | Path, *, model: Callable[[], Any] | None = None)
 
     Args:
         path: A ``.safetensors`` file, a model folder, the index of a sharded checkpoint; a PyTorch archive, or a folder
-            of ``torch.distributed.checkpoint``; a ``.keras``, ``.weights.h5`` or ``.h5`` file.
+            of ``torch.distributed.checkpoint``; a ``.keras``, ``.weights.h5`` or ``.h5`` file. Of safetensors also a
+            URL that fsspec knows (``s3://``, ``https://``, ``hf://``): what is wanted is fetched, and no more.
         model: Makes the model of Keras that a file belongs to, where the file holds weights alone.
 
     Raises:
@@ -40,6 +44,13 @@ def open_checkpoint(path: str | Path, *, model: Callable[[], Any] | None = None)
         CheckpointError: if it is malformed.
         SystemFailure: if the system cannot read it.
     """
+    if (url := as_url(path)) is not None:
+        if model is not None:
+            raise UsageError(NO_MODEL.format(url))
+        from .remote import open_remote
+
+        return open_remote(url)
+    assert not isinstance(path, URL)
     path = Path(path)
     with system_failures(shown(path)):
         if model is not None and path.exists() and not is_keras_file(path):
@@ -49,7 +60,8 @@ def open_checkpoint(path: str | Path, *, model: Callable[[], Any] | None = None)
 
 def _open_file(path: Path, model: Callable[[], Any] | None) -> Checkpoint:
     if not path.exists():
-        raise UsageError(f"{shown(path)}: no such file or folder")
+        hint = "a URL is given as text; a Path takes it apart" if _TAKEN_APART.match(str(path)) else None
+        raise UsageError(f"{shown(path)}: no such file or folder", hint=hint)
     if path.name == endings.DISTRIBUTED_METADATA:
         return _open_distributed(path.parent)
     if path.name.endswith(endings.PART_OF_DISTRIBUTED):
@@ -95,9 +107,9 @@ def _open_distributed(folder: Path) -> Checkpoint:
     return open_distributed(folder)
 
 
-def is_keras_file(path: Path) -> bool:
+def is_keras_file(path: Path | URL) -> bool:
     """Whether Keras reads what is at the path."""
-    return _kind_of(path) == "keras"
+    return isinstance(path, Path) and _kind_of(path) == "keras"
 
 
 def _kind_of(path: Path) -> Literal["safetensors", "torch", "keras"]:
@@ -114,7 +126,7 @@ def _kind_of(path: Path) -> Literal["safetensors", "torch", "keras"]:
     return "torch" if is_archive else "safetensors"
 
 
-def open_trained(path: str | Path) -> Checkpoint | AdapterOverBase:
+def open_trained(path: str | Path | URL) -> Checkpoint | AdapterOverBase:
     """Open what came back from training: a checkpoint, or the folder of an adapter, which is read over its base.
 
     Raises:
@@ -122,6 +134,9 @@ def open_trained(path: str | Path) -> Checkpoint | AdapterOverBase:
         CheckpointError: if something is malformed.
         SystemFailure: if the system cannot read it.
     """
+    if (url := as_url(path)) is not None:
+        return open_checkpoint(url)
+    assert not isinstance(path, URL)
     path = Path(path)
     with system_failures(shown(path)):
         base = base_of_adapter(path) if path.is_dir() else None

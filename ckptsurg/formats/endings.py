@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
-__all__ = ["DISTRIBUTED_METADATA", "KERAS", "OTHERS", "PART_OF_DISTRIBUTED", "SAFETENSORS", "TORCH"]
+__all__ = [
+    "DISTRIBUTED_METADATA",
+    "INDEX_NAME",
+    "KERAS",
+    "OTHERS",
+    "PART_OF_DISTRIBUTED",
+    "SAFETENSORS",
+    "SINGLE_NAME",
+    "TORCH",
+]
 
+#: In a model folder in the layout of Hugging Face, the one file of weights, or the index of the shards.
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
 SAFETENSORS = (".safetensors",)
 KERAS = (".keras", ".h5", ".hdf5")
 TORCH = (".pt", ".pth", ".bin", ".ckpt")

@@ -7,19 +7,17 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..checkpoints import Checkpoint, Extent, Index, StoredFile
+from ..checkpoints import Checkpoint, Index
 from ..errors import CheckpointError, UsageError
 from ..header import open_file
 from ..manifest import MANIFEST_NAME
-from ..tensors import TensorInfo
 from ..wording import enumerate_names, shown
 from . import endings
-from .indexes import contained, read_index, refuse_both
+from .endings import INDEX_NAME, SINGLE_NAME
+from .indexes import contained, joined, read_index, refuse_both
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "companions", "holds_safetensors", "open_folder", "open_index"]
 
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 _OPENED = (*endings.SAFETENSORS, *endings.TORCH, *endings.KERAS, ".index.json")
 
 
@@ -61,23 +59,10 @@ def open_index(path: Path) -> Checkpoint:
     """
     folder = path.parent
     index = read_index(path, ".safetensors")
-    files: list[StoredFile] = []
-    tensors: dict[str, TensorInfo] = {}
-    extents: dict[str, Extent] = {}
-    homes: dict[str, str] = {}
-    try:
-        for name, shard in index.paths.items():
-            opened = open_file(shard, name, os.O_NOFOLLOW, called=folder / name)
-            files.append(opened.file)
-            index.refuse_disagreement(name, opened.tensors, homes)
-            tensors.update(opened.tensors)
-            extents.update(opened.extents)
-            homes.update(dict.fromkeys(opened.tensors, name))
-        index.refuse_lacking(homes)
-    except BaseException:
-        for file in files:
-            file.close()
-        raise
+    files, tensors, extents = joined(
+        index,
+        ((name, open_file(shard, name, os.O_NOFOLLOW, called=folder / name)) for name, shard in index.paths.items()),
+    )
     is_default = path.name == INDEX_NAME
     return Checkpoint(
         folder if is_default else path,
@@ -109,7 +94,9 @@ def companions(checkpoint: Checkpoint, *, keep_other_weights: bool = False) -> d
 
     Raises:
         CheckpointError: if a file is none, or a link that leaves the folder.
+        UsageError: if the folder is on another machine.
     """
+    checkpoint.refuse_remote_folder()
     if checkpoint.folder is None:
         return {}
     own = {file.name for file in checkpoint.files}

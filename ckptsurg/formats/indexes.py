@@ -6,38 +6,52 @@ import os
 import posixpath
 import re
 import resource
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..checkpoints import read_small
+from ..checkpoints import Extent, StoredFile, read_small
 from ..containment import contained
 from ..errors import CheckpointError
+from ..header import OpenedFile
 from ..parsing import parse_json
 from ..tensors import TensorInfo
 from ..wording import quoted, shown
 
-__all__ = ["ShardIndex", "allow_descriptors", "contained", "read_index", "refuse_both", "refuse_unsafe"]
+__all__ = [
+    "MAX_INDEX_BYTES",
+    "ShardIndex",
+    "allow_descriptors",
+    "contained",
+    "joined",
+    "parse_index",
+    "read_index",
+    "refuse_both",
+    "refuse_unsafe",
+    "two_checkpoints",
+]
 
 MAX_INDEX_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class ShardIndex:
-    """An index whose shards are there, and lie in its folder.
+    """An index whose shards are named as files in its folder.
 
     Attributes:
         label: How messages call it.
         metadata: Its ``metadata`` object.
         weight_map: Name of the shard by tensor.
-        paths: Where each shard is, by its name, in order; no link is left in them.
+        shards: Names of the shards, in order.
+        paths: Where each shard is here, by its name, in order; no link is left in them.
     """
 
     label: str
     metadata: Mapping[str, Any]
     weight_map: Mapping[str, str]
-    paths: Mapping[str, Path]
+    shards: Sequence[str]
+    paths: Mapping[str, Path] = field(default_factory=dict)
 
     def refuse_disagreement(self, name: str, tensors: Iterable[str], homes: Mapping[str, str]) -> None:
         """Raise CheckpointError if a shard holds what the index does not say.
@@ -82,20 +96,68 @@ def read_index(path: Path, ending: str) -> ShardIndex:
         UsageError: if there is no such index.
     """
     folder, label = path.parent, shown(path)
-    metadata, weight_map = _parse(contained(path, folder), label)
-    paths = {}
-    for name in sorted(set(weight_map.values())):
-        refuse_unsafe(name, label, ending)
-        paths[name] = contained(folder / name, folder, missing=f'{label}: the shard "{shown(name)}" is missing')
+    index = parse_index(read_small(contained(path, folder), MAX_INDEX_BYTES, os.O_NOFOLLOW), label, ending)
+    paths = {
+        name: contained(folder / name, folder, missing=f'{label}: the shard "{shown(name)}" is missing')
+        for name in index.shards
+    }
     allow_descriptors(len(paths))
-    return ShardIndex(label, metadata, weight_map, paths)
+    return replace(index, paths=paths)
 
 
-def _parse(path: Path, label: str) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+def parse_index(raw: bytes, label: str, ending: str) -> ShardIndex:
+    """An index by its bytes; no shard is looked for.
+
+    Args:
+        raw: The bytes.
+        label: How messages call it.
+        ending: Of the shards' names, such as ``.safetensors``.
+
+    Raises:
+        CheckpointError: if it is malformed, or the name of a shard leaves the folder.
+    """
+    metadata, weight_map = _parse(raw, label)
+    shards = sorted(set(weight_map.values()))
+    for name in shards:
+        refuse_unsafe(name, label, ending)
+    return ShardIndex(label, metadata, weight_map, shards)
+
+
+def joined(
+    index: ShardIndex, opened: Iterable[tuple[str, OpenedFile]]
+) -> tuple[list[StoredFile], dict[str, TensorInfo], dict[str, Extent]]:
+    """The files, tensors and extents of all shards, which hold what the index says. If they do not, they are closed.
+
+    Args:
+        index: The index.
+        opened: Its shards by name, in order.
+
+    Raises:
+        CheckpointError: if a shard and the index disagree, or opening one raises it.
+    """
+    files: list[StoredFile] = []
+    tensors: dict[str, TensorInfo] = {}
+    extents: dict[str, Extent] = {}
+    homes: dict[str, str] = {}
+    try:
+        for name, shard in opened:
+            files.append(shard.file)
+            index.refuse_disagreement(name, shard.tensors, homes)
+            tensors.update(shard.tensors)
+            extents.update(shard.extents)
+            homes.update(dict.fromkeys(shard.tensors, name))
+        index.refuse_lacking(homes)
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+    return files, tensors, extents
+
+
+def _parse(raw: bytes, label: str) -> tuple[Mapping[str, Any], Mapping[str, str]]:
     def refuse(message: str) -> NoReturn:
         raise CheckpointError(f"{label}: {message}")
 
-    raw = read_small(path, MAX_INDEX_BYTES, os.O_NOFOLLOW)
     try:
         index = parse_json(raw.decode("utf-8"))
     except UnicodeDecodeError as failure:
@@ -122,10 +184,13 @@ def _parse(path: Path, label: str) -> tuple[Mapping[str, Any], Mapping[str, str]
 def refuse_both(single: Path, index: Path) -> None:
     """Raise CheckpointError if a folder holds a checkpoint in one file, and the index of one in shards."""
     if os.path.lexists(single) and os.path.lexists(index):
-        raise CheckpointError(
-            f"{shown(single.parent)}: holds both {single.name} and {index.name}; which one is meant?",
-            hint="give the path of the one",
-        )
+        raise two_checkpoints(shown(single.parent), single.name, index.name)
+
+
+def two_checkpoints(label: str, single: str, index: str) -> CheckpointError:
+    """What to raise where a folder holds both."""
+    message = f"{label}: holds both {single} and {index}; which one is meant?"
+    return CheckpointError(message, hint="give the path of the one")
 
 
 def refuse_unsafe(name: str, label: str, ending: str) -> None:
