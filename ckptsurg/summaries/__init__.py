@@ -1,0 +1,1 @@
+"""What a verify came to, for the pages of a pipeline: text out, no file touched."""
