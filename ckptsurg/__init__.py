@@ -5,26 +5,34 @@ Data flows one way; each module knows only those further down in its line or bel
     cli, pytest_plugin           arguments in, rendering out
     testing                      assertions for tests
     training                     the public functions on live models
-    api, coercing                those on checkpoints; paths or objects taken alike
+    api, drafts, coercing        those on checkpoints; paths or objects taken alike
     formats, integrations        how files, and how live models, become named tensors
       frameworks                     what torch and Keras hold in memory
     inspection, schemas          what a checkpoint holds; what each document may say
+      drafting, heads, blocks        a spec to begin with; what is the head, what is numbered
+    preparing, explaining        a plan with all that belongs to it; why a tensor has its fate
     rewriting, verifying, diffing  carry a plan out; prove that frozen tensors have their bits
+    summaries                    what a verify came to, for the pages of a pipeline
     attesting                      statements of both, for others to sign
       baselines, counterparts        the published tensors; what stands for a manifest's, against its records
       gathering, settling, causes    why one moved: the evidence, and what it settles
       comparing, traits, renaming    two versions of a tensor, and in which way they differ; two names of one
+      config, config_checks          config.json: its edits, and where it does not say what the tensors are
       writing, layout, publishing    who brings bytes to an output; where they go; how it becomes visible
       targets, claiming              where an output may go; one run at a time
-      making, describing             tensors that are drawn; the manifest's records
+      making, describing             tensors that are drawn or cast; the manifest's records
+      grafting, casting              a base with another's tensors; values in another dtype
       reading, copying               bytes are read in threads; and written, or shared
       parallel, disk, metering       threads; what changes a disk; how far along
       moments, initializers, random_bits  named values, the same for good
-    planning                     spec x headers -> one action for every tensor
+    planning, checking           spec x headers -> one action for every tensor; a spec without a checkpoint
+      claims, draws, takeovers       which rule has which tensor; what is drawn; what is cast, grafted, renamed
+      packed, output_names           weights with their scales; what tensors are called in the output
+      findings                       all that is wrong, gathered
       selectors, matching, patterns  which tensors a pattern selects
       trees, layers                  names as a tree; where tensors stand in a model
       defaults                       what ``default`` draws
-    spec, plans, manifest, report    the four documents; documents, texts and parsing take them strictly
+    spec, plans, manifest, report    the four documents, and rules; documents, texts and parsing take them strictly
     header, checkpoints          the safetensors header, and files held open
       containment                    files of a folder that are in it, links followed
     tensors, errors, wording     what all others speak of
@@ -39,12 +47,14 @@ if TYPE_CHECKING:
     from .api import attest as attest
     from .api import convert as convert
     from .api import diff as diff
+    from .api import explain as explain
     from .api import inspect as inspect
     from .api import make_manifest as make_manifest
     from .api import plan as plan
     from .api import rewrite as rewrite
     from .api import verify as verify
     from .api import write_manifest as write_manifest
+    from .drafts import draft_spec as draft_spec
     from .errors import CheckpointError as CheckpointError
     from .errors import CkptsurgError as CkptsurgError
     from .errors import DocumentError as DocumentError
@@ -83,6 +93,8 @@ _HOMES = {
     "attest": "api",
     "convert": "api",
     "diff": "api",
+    "draft_spec": "drafts",
+    "explain": "api",
     "freeze": "training",
     "inspect": "api",
     "load_manifest": "manifest",

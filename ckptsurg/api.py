@@ -28,15 +28,17 @@ from .coercing import (
     as_spec_or_patterns,
     as_target,
     checkpoint_of,
+    donors_of,
     is_model,
     tensors_of,
 )
 from .errors import DocumentError, Problem, SpecError, UsageError, system_failures
 from .formats import endings
 from .formats.adapter import AdapterOverBase
-from .wording import enumerate_names, shown
+from .wording import shown
 
 if TYPE_CHECKING:
+    from .explaining import Explanation
     from .inspection import Inspection
     from .manifest import Manifest
     from .metering import Progress
@@ -51,10 +53,12 @@ __all__ = [
     "attest",
     "convert",
     "diff",
+    "explain",
     "inspect",
     "load_names",
     "make_manifest",
     "place_for_manifest",
+    "place_for_plan",
     "place_for_statement",
     "plan",
     "plan_with_spec",
@@ -80,8 +84,13 @@ def inspect(ckpt: TensorsLike, patterns: Sequence[str] = ()) -> Inspection:
         return inspect_checkpoint(opened, patterns)
 
 
-def plan(spec: SpecLike, ckpt: TensorsLike) -> Plan:
+def plan(spec: SpecLike, ckpt: TensorsLike, *, donors: Mapping[str, TensorsLike] | None = None) -> Plan:
     """What a rewrite would do. Of safetensors only headers are read; nothing is written.
+
+    Args:
+        spec: The spec.
+        ckpt: The base.
+        donors: Other checkpoints that tensors are grafted from, by what the spec calls them.
 
     Raises:
         SpecError: if the spec is not valid or does not fit the checkpoint.
@@ -89,14 +98,48 @@ def plan(spec: SpecLike, ckpt: TensorsLike) -> Plan:
         CheckpointError: if the checkpoint is malformed.
         SystemFailure: if it cannot be read.
     """
-    return plan_with_spec(spec, ckpt)[1]
+    return plan_with_spec(spec, ckpt, donors=donors)[1]
 
 
-def plan_with_spec(spec: SpecLike, ckpt: TensorsLike) -> tuple[Spec, Plan]:
-    """The plan, and the spec that it was made to, which is read once."""
-    with checkpoint_of(ckpt) as base:
-        document = as_spec(spec, base)
-        return document, _plan(document, base)[0]
+def plan_with_spec(
+    spec: SpecLike, ckpt: TensorsLike, *, donors: Mapping[str, TensorsLike] | None = None, reviewed: bool = False
+) -> tuple[Spec, Plan]:
+    """The plan, and the spec that it was made to, which is read once.
+
+    Args:
+        spec: The spec.
+        ckpt: The base.
+        donors: As of ``plan``.
+        reviewed: Whether the plan is to say what it was made of, so that ``rewrite`` can carry it out.
+    """
+    from .preparing import prepared
+
+    with checkpoint_of(ckpt) as base, donors_of(donors) as given:
+        document = as_spec(spec, base, given)
+        done = prepared(document, base, given)
+        return document, done.reviewed(document, base, given) if reviewed else done.plan
+
+
+def explain(
+    spec: SpecLike, ckpt: TensorsLike, name: str, *, donors: Mapping[str, TensorsLike] | None = None
+) -> Explanation:
+    """Why a tensor has its fate: which patterns took it, and which gave it away.
+
+    Args:
+        spec: The spec.
+        ckpt: The base.
+        name: Of the tensor, in the base or in the output.
+        donors: As of ``plan``.
+
+    Raises:
+        UsageError: if there is no such tensor; otherwise as ``plan``.
+    """
+    from .explaining import explain
+    from .preparing import prepared
+
+    with checkpoint_of(ckpt) as base, donors_of(donors) as given:
+        document = as_spec(spec, base, given)
+        return explain(document, base, prepared(document, base, given).plan, name)
 
 
 def rewrite(
@@ -104,6 +147,7 @@ def rewrite(
     ckpt: TensorsLike,
     out: PathLike,
     *,
+    donors: Mapping[str, TensorsLike] | None = None,
     manifest: PathLike | None = None,
     overwrite: bool = False,
     max_shard_size: int | str | None = None,
@@ -117,9 +161,10 @@ def rewrite(
     """Publish the checkpoint that a spec describes, and its manifest, whole or not at all.
 
     Args:
-        spec: The spec.
+        spec: The spec; or a plan that was kept, with what it was made of: it is carried out as it is.
         ckpt: The base.
         out: The output: a file whose name ends in ``.safetensors``, or else a folder.
+        donors: Other checkpoints that tensors are grafted from, by what the spec calls them.
         manifest: Where else to put the manifest; for a file output, instead of beside it.
         overwrite: Whether to replace an earlier output.
         max_shard_size: Largest size of a shard's tensors, in bytes or as ``5GB`` (10^9); None keeps the base's.
@@ -134,18 +179,24 @@ def rewrite(
 
     Raises:
         SpecError: if the spec is not valid or does not fit the checkpoint.
-        UsageError: if the output exists, would touch the base, or the base has no manifest to be trusted.
+        UsageError: if the output exists, would touch the base, the base has no manifest to be trusted, or is not what
+            the plan was made of.
         CheckpointError: if the checkpoint is malformed, or changes meanwhile.
         SystemFailure: if the system fails; nothing is published then.
     """
     from . import rewriting
     from .describing import inherited_records
     from .manifest import is_file_output
+    from .preparing import kept_plan, prepared, spec_of
 
     target = as_target(out)
-    with checkpoint_of(ckpt) as base:
-        document = as_spec(spec, base)
-        planned, edited = _plan(document, base)
+    with checkpoint_of(ckpt) as base, donors_of(donors) as given:
+        kept = kept_plan(spec)
+        document = as_spec(spec, base, given) if kept is None else spec_of(kept)
+        done = prepared(document, base, given)
+        if kept is not None:
+            done.refuse_unlike(kept, base, given)
+        planned, edited = done.plan, done.config
         if edited is not None and is_file_output(target):
             message = f"{shown(target)} is a lone file and has no config.json; give a folder, or leave `config` out"
             raise SpecError(document.label, [document.problem(("config",), message)])
@@ -166,6 +217,7 @@ def rewrite(
             planned,
             base,
             destination,
+            donors=given,
             algorithm=algorithm,
             inherited=inherited_records(base, algorithm) if trust_base_manifest else None,
             jobs=as_jobs(jobs),
@@ -258,7 +310,7 @@ def make_manifest(
         if isinstance(source, AdapterOverBase):
             raise UsageError(f"{source.label}: an adapter alone", hint="make the manifest of its base")
         spec = as_spec_or_patterns(spec_or_patterns, source)
-        acting = [key for key in ("drop", "reinit", "add", "config") if getattr(spec, key)]
+        acting = [key for key in ("drop", "reinit", "add", "cast", "graft", "rename", "config") if getattr(spec, key)]
         if acting:
             problems = [spec.problem((key,), "changes the checkpoint; a manifest alone only freezes") for key in acting]
             raise SpecError(spec.label, problems, hint="`ckptsurg rewrite` publishes the output with its manifest")
@@ -420,6 +472,18 @@ def verify_and_attest(
         return report, attesting.of_report(document, report, trained, jobs=as_jobs(jobs))
 
 
+def place_for_plan(path: PathLike, *, overwrite: bool = False) -> Callable[[bytes], None]:
+    """Where a plan may be kept, refused before any work is done for it; as ``place_for_manifest``."""
+    from .publishing import publish_document
+    from .targets import refuse_plan_target
+
+    target = as_path(path)
+    if not target.name.endswith(".json"):
+        raise UsageError(f"{shown(target)}: the name of a plan ends in .json, by which rewrite knows it")
+    refuse_plan_target(target, overwrite=overwrite)
+    return partial(publish_document, path=target, overwrite=overwrite)
+
+
 def place_for_statement(path: PathLike, *, overwrite: bool = False) -> Callable[[bytes], None]:
     """Where a statement may be published, refused before any work is done for it.
 
@@ -483,42 +547,3 @@ def _companions(base: Checkpoint, out: Path, *, keep_other_weights: bool) -> dic
         return {}
     with system_failures(base.label):
         return companions(base, keep_other_weights=keep_other_weights)
-
-
-def _plan(spec: Spec, base: Checkpoint) -> tuple[Plan, bytes | None]:
-    """The plan and the new config.json, with what is wrong in either reported together."""
-    from . import planning
-    from .config import CONFIG_NAME, edited_config
-
-    problems: list[Problem] = []
-    config: tuple[bytes | None, list[str]] = (None, [])
-    try:
-        config = edited_config(spec, base.folder)
-    except SpecError as error:
-        problems += error.problems
-    try:
-        planned = planning.plan(spec, base)
-    except SpecError as error:
-        raise SpecError(spec.label, [*error.problems, *problems]) from None
-    if problems:
-        raise SpecError(spec.label, problems)
-    notes = [*planned.notes, *base.warnings, *config[1], *_parted(planned, base)]
-    resized = [t.name for t in planned.output if t.action == "reinit" and t.shape != base.tensors[t.name].shape]
-    if resized and spec.config is None and base.folder is not None and (base.folder / CONFIG_NAME).exists():
-        notes.append(f"{enumerate_names(resized, 2)}: a new shape, and {CONFIG_NAME} stays as it is; see `config`")
-    return planned.model_copy(update={"notes": tuple(notes)}), config[0]
-
-
-def _parted(planned: Plan, base: Checkpoint) -> list[str]:
-    """Names of one tensor in the base that stand for several in the output."""
-    from .initializer_arguments import SAME_FOR_EVERY_NAME
-
-    output = {tensor.name: tensor for tensor in planned.output}
-    notes = []
-    for names in base.tied:
-        left = [output[name] for name in names if name in output]
-        kinds = {(one.action, one.shape, one.frozen, one.rows, str(one.init)) for one in left}
-        is_random = any(one.init is not None and one.init.name not in SAME_FOR_EVERY_NAME for one in left)
-        if len(kinds) > 1 or (is_random and len(left) > 1):
-            notes.append(f"{enumerate_names(names)}: one tensor in the base, and not in the output")
-    return notes

@@ -19,30 +19,36 @@ from .errors import SpecError, UsageError
 from .formats import NO_MODEL, is_keras_file, open_checkpoint, open_trained
 from .parallel import MOST_JOBS, available_jobs
 from .tensors import ALGORITHMS, TensorSource
+from .urls import URL, as_url
 from .wording import enumerate_names, shown
 
 if TYPE_CHECKING:
     import torch
 
     from .manifest import Manifest
+    from .plans import Plan
     from .spec import Spec
 
 __all__ = [
     "ManifestLike",
     "PathLike",
+    "PlaceLike",
     "SpecLike",
     "TensorsLike",
     "as_algorithm",
     "as_builder",
+    "as_donors",
     "as_jobs",
     "as_manifest",
     "as_path",
     "as_patterns",
+    "as_place",
     "as_size",
     "as_spec",
     "as_spec_or_patterns",
     "as_target",
     "checkpoint_of",
+    "donors_of",
     "is_keras",
     "is_model",
     "opened_with",
@@ -50,10 +56,13 @@ __all__ = [
 ]
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
-SpecLike: TypeAlias = "PathLike | Spec | Mapping[str, Any]"
+#: Of a checkpoint, which may be on another machine.
+PlaceLike: TypeAlias = "PathLike | URL"
+#: Where a plan is carried out, also one that was kept.
+SpecLike: TypeAlias = "PathLike | Spec | Plan | Mapping[str, Any]"
 ManifestLike: TypeAlias = "PathLike | Manifest"
-#: A checkpoint, by path or opened; a live model; a state dict.
-TensorsLike: TypeAlias = "PathLike | TensorSource | torch.nn.Module | Mapping[str, torch.Tensor]"
+#: A checkpoint, by path or URL or opened; a live model; a state dict.
+TensorsLike: TypeAlias = "PlaceLike | TensorSource | torch.nn.Module | Mapping[str, torch.Tensor]"
 
 
 def as_path(given: object) -> Path:
@@ -62,11 +71,22 @@ def as_path(given: object) -> Path:
     Raises:
         UsageError: if it is no text, or no text that a path can be.
     """
+    if (url := as_url(given)) is not None:
+        raise UsageError(f"{url}: expected a path; only a checkpoint that is read may be on another machine")
     if not isinstance(given, str | os.PathLike):
         raise UsageError(f"expected a path, found {shown(type(given).__name__)} {shown(given, 60)}")
     if "\0" in os.fspath(given):
         raise UsageError(f"{shown(given)}: a path has no NUL in it")
     return Path(given)
+
+
+def as_place(given: object) -> Path | URL:
+    """Where a checkpoint is: a path, or a URL.
+
+    Raises:
+        UsageError: if it is neither.
+    """
+    return as_url(given) or as_path(given)
 
 
 def as_target(given: object) -> Path:
@@ -75,7 +95,7 @@ def as_target(given: object) -> Path:
     return target.resolve() if target.name in ("", "..") else target
 
 
-def as_spec(given: SpecLike, source: TensorSource) -> Spec:
+def as_spec(given: SpecLike, source: TensorSource, donors: Mapping[str, TensorSource] | None = None) -> Spec:
     """A spec; where it is not valid, what else is wrong with it for this source is reported with it."""
     from .parsing import Text
     from .spec import Spec
@@ -92,7 +112,7 @@ def as_spec(given: SpecLike, source: TensorSource) -> Spec:
         from . import planning
 
         try:
-            planning.plan(rest, source)
+            planning.plan(rest, source, donors)
         except SpecError as error:
             problems += error.problems
     raise SpecError(text.label, problems)
@@ -121,7 +141,7 @@ def _is_file(text: str) -> bool:
 def as_manifest(given: ManifestLike) -> Manifest:
     from .integrations import arguments
 
-    return arguments.as_manifest(as_path(given) if isinstance(given, str | os.PathLike) else given)
+    return arguments.as_manifest(as_path(given) if isinstance(given, str | os.PathLike | URL) else given)
 
 
 def as_builder(given: str) -> Callable[[], Any]:
@@ -146,7 +166,7 @@ def as_builder(given: str) -> Callable[[], Any]:
 
 
 @contextmanager
-def opened_with(model: str | None, *paths: Path) -> Iterator[Sequence[TensorsLike]]:
+def opened_with(model: str | None, *paths: Path | URL) -> Iterator[Sequence[TensorsLike]]:
     """Checkpoints, of which those of Keras are read into the model that ``module:function`` makes.
 
     Raises:
@@ -174,8 +194,8 @@ def opened_with(model: str | None, *paths: Path) -> Iterator[Sequence[TensorsLik
 @contextmanager
 def checkpoint_of(given: TensorsLike) -> Iterator[Checkpoint]:
     """A checkpoint, or what is in memory as one; closed at the end if it was opened here."""
-    if isinstance(given, str | os.PathLike):
-        with open_checkpoint(as_path(given)) as opened:
+    if isinstance(given, str | os.PathLike | URL):
+        with open_checkpoint(as_place(given)) as opened:
             yield opened
         return
     with tensors_of(given) as source:
@@ -195,6 +215,30 @@ def is_model(given: object) -> bool:
 
 
 @contextmanager
+def donors_of(given: Mapping[str, TensorsLike] | None) -> Iterator[Mapping[str, Checkpoint]]:
+    """Checkpoints by what a spec calls them; closed at the end if they were opened here."""
+    with ExitStack() as stack:
+        yield {name: stack.enter_context(checkpoint_of(donor)) for name, donor in (given or {}).items()}
+
+
+def as_donors(given: Sequence[str]) -> dict[str, Path | URL]:
+    """Places by name, of texts of the form ``NAME=CKPT``.
+
+    Raises:
+        UsageError: if one has another form, or two have one name.
+    """
+    donors: dict[str, Path | URL] = {}
+    for text in given:
+        name, separator, path = text.partition("=")
+        if not (name and separator and path):
+            raise UsageError(f'"{shown(text)}" is no donor; write NAME=CKPT')
+        if name in donors:
+            raise UsageError(f'two donors are called "{shown(name)}"')
+        donors[name] = as_place(path)
+    return donors
+
+
+@contextmanager
 def tensors_of(given: TensorsLike, wanted: Collection[str] = ()) -> Iterator[TensorSource]:
     """The tensors of a checkpoint, live model or state dict; of a model under these names, where it knows them."""
     torch: Any = sys.modules.get("torch")
@@ -208,8 +252,8 @@ def tensors_of(given: TensorsLike, wanted: Collection[str] = ()) -> Iterator[Ten
         yield source_of(cast(Any, given), wanted)
     elif torch is not None and isinstance(given, Mapping):
         yield _of_state_dict(given)
-    elif isinstance(given, str | os.PathLike):
-        with open_trained(as_path(given)) as opened:
+    elif isinstance(given, str | os.PathLike | URL):
+        with open_trained(as_place(given)) as opened:
             yield opened
     elif hasattr(given, "tensors") and hasattr(given, "read"):
         yield cast("TensorSource", given)

@@ -2,48 +2,72 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .checkpoints import read_small
 from .containment import contained
-from .errors import CheckpointError, Problem, SpecError, UsageError
+from .errors import CheckpointError, Problem, SpecError, SystemFailure, UsageError
 from .parsing import parse_json
 from .spec import Spec
 from .wording import closest, shown
 
-__all__ = ["CONFIG_NAME", "edited_config"]
+__all__ = ["CONFIG_NAME", "Configs", "edited_config"]
 
 CONFIG_NAME = "config.json"
 MAX_CONFIG_BYTES = 10_000_000
 
 
-def edited_config(spec: Spec, folder: Path | None) -> tuple[bytes | None, list[str]]:
-    """The folder's config.json with the spec's edits.
+@dataclass(frozen=True, slots=True)
+class Configs:
+    """A folder's config.json.
+
+    Attributes:
+        before: As it is; None where there is none, or none that can be read.
+        after: With the edits.
+        notes: Edits that are likely not meant.
+        is_edited: Whether there are any.
+    """
+
+    before: Mapping[str, Any] | None
+    after: Mapping[str, Any] | None
+    notes: Sequence[str] = ()
+    is_edited: bool = False
+
+    @property
+    def content(self) -> bytes | None:
+        """What is published; None where nothing is edited."""
+        if not self.is_edited:
+            return None
+        return json.dumps(self.after, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def edited_config(spec: Spec, folder: Path | None) -> Configs:
+    """The folder's config.json, and what the spec's edits make of it.
 
     Args:
         spec: The spec.
         folder: The base's folder; None for a lone file.
 
-    Returns:
-        The new content (None where the spec edits nothing), and notes.
-
     Raises:
-        SpecError: if there is no config.json, or a path leads through something that is no object.
-        CheckpointError: if config.json is malformed.
+        SpecError: if there is none to be edited, or a path leads through something that is no object.
+        CheckpointError: if one that is to be edited is malformed.
     """
     if spec.config is None or not (spec.config.set or spec.config.unset):
-        return None, []
+        return _unedited(folder)
     if folder is None:
         message = "the base is a lone file and has no config.json; give the folder of the model, or leave `config` out"
         raise SpecError(spec.label, [spec.problem(("config",), message)])
-    config = _read(folder)
-    if config is None:
+    before = _read(folder)
+    if before is None:
         message = f"{shown(folder)} has no config.json to edit"
         raise SpecError(spec.label, [spec.problem(("config",), message)])
+    config = copy.deepcopy(before)
     problems: list[Problem] = []
     notes: list[str] = []
     for path in spec.config.set:
@@ -66,7 +90,15 @@ def edited_config(spec: Spec, folder: Path | None) -> tuple[bytes | None, list[s
             parent[key] = value
     if problems:
         raise SpecError(spec.label, problems)
-    return json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n", notes
+    return Configs(before, config, notes, is_edited=True)
+
+
+def _unedited(folder: Path | None) -> Configs:
+    try:
+        config = None if folder is None else _read(folder)
+    except (CheckpointError, SystemFailure):
+        config = None  # where it is to be brought along, it is refused then
+    return Configs(config, config)
 
 
 def _above(path: str) -> Iterator[str]:

@@ -30,7 +30,13 @@ __all__ = ["Recorder", "base_files", "describe", "inherit", "inherited_records"]
 
 _log = logging.getLogger("ckptsurg")
 
-_ORIGINS: dict[Action, Origin] = {"copy": "copied", "reinit": "reinitialised", "add": "added"}
+_ORIGINS: dict[Action, Origin] = {
+    "copy": "copied",
+    "reinit": "reinitialised",
+    "add": "added",
+    "cast": "cast",
+    "graft": "grafted",
+}
 
 
 def describe(
@@ -121,13 +127,14 @@ class Recorder:
         rows = None
         if tensor.rows is not None:
             rows = FrozenRows(start=tensor.rows[0], stop=tensor.rows[1], digest=str(self._rows))
-        self._records[tensor.name] = TensorRecord(
+        self._records[tensor.output_name] = TensorRecord(
             dtype=tensor.dtype,
             shape=tensor.shape,
             frozen=tensor.frozen,
             origin=_ORIGINS[tensor.action],
             digest=str(self._whole),
             rows=rows,
+            base_name=None if tensor.to is None else tensor.name,
         )
 
 
@@ -183,6 +190,7 @@ def inherit(tensor: PlannedTensor, inherited: Mapping[str, TensorRecord]) -> Ten
         digest=known.digest,
         rows=rows,
         inherited=True,
+        base_name=None if tensor.to is None else tensor.name,
     )
 
 

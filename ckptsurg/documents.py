@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from threading import RLock
 from typing import Any, ClassVar, Literal, Self, get_args, get_type_hints
@@ -18,7 +18,7 @@ from .errors import DocumentError, Problem
 from .parsing import Place, Text, describe_place
 from .wording import closest, counted, quoted, shown
 
-__all__ = ["Document", "Model", "canonical_json", "fail", "is_false", "is_none", "suggest"]
+__all__ = ["Document", "Model", "canonical_json", "fail", "is_empty", "is_false", "is_none", "may_lack", "suggest"]
 
 
 _BUILDING = RLock()
@@ -106,6 +106,20 @@ def is_none(value: object) -> bool:
 def is_false(value: object) -> bool:
     """Likewise of a key that says no."""
     return value is False
+
+
+def is_empty(value: object) -> bool:
+    """Likewise of what has no items."""
+    return not value
+
+
+def may_lack(*keys: str) -> Callable[[dict[str, Any]], None]:
+    """For ``json_schema_extra``: keys that a document does not always have, although what is missing has a default."""
+
+    def without(schema: dict[str, Any]) -> None:
+        schema["required"] = [key for key in schema["required"] if key not in keys]
+
+    return without
 
 
 def fail(message: str) -> PydanticCustomError:

@@ -148,9 +148,8 @@ def _file(
         header = b"".join(map(bytes, read_extent(Extent(file, 0, file.data_start), base.label)))
         return OutputFile(name, tensors, header, file)
     ordered, page = arrange(tensors, base.extents)
-    return OutputFile(
-        name, ordered, encode_header({tensor.name: tensor.info for tensor in ordered}, metadata, page, BLOCK_BYTES)
-    )
+    infos = {tensor.output_name: tensor.info for tensor in ordered}
+    return OutputFile(name, ordered, encode_header(infos, metadata, page, BLOCK_BYTES))
 
 
 def _untouched(
@@ -163,7 +162,9 @@ def _untouched(
     file, position = first.file, first.file.data_start
     for tensor in tensors:
         extent = base.extents.get(tensor.name)
-        if tensor.action != "copy" or extent is None or extent.file is not file or extent.offset != position:
+        if tensor.action != "copy" or tensor.to is not None:
+            return None
+        if extent is None or extent.file is not file or extent.offset != position:
             return None
         if position % tensor.info.alignment:
             return None
@@ -237,8 +238,8 @@ def arrange(tensors: Sequence[PlannedTensor], extents: Mapping[str, Extent]) -> 
     if not chains:
         return _aligned(tensors), None
     best = max(chains, key=lambda chain: chain.shared)
-    placed = {tensor.name for tensor in best.tensors}
-    loose = [tensor for tensor in tensors if tensor.name not in placed]
+    placed = {tensor.output_name for tensor in best.tensors}
+    loose = [tensor for tensor in tensors if tensor.output_name not in placed]
     # What would not be aligned behind the chain goes before it, where that leaves the beginning of the data aligned.
     wide = [tensor for tensor in loose if best.end % tensor.info.alignment]
     start = best.start - sum(tensor.info.nbytes for tensor in wide)
@@ -264,7 +265,7 @@ def _runs(tensors: Iterable[PlannedTensor], extents: Mapping[str, Extent]) -> li
     runs: list[_Run] = []
     last: Extent | None = None
     for tensor in tensors:
-        extent = extents.get(tensor.name) if tensor.action == "copy" else None
+        extent = extents.get(tensor.name) if tensor.is_copied else None
         if extent is None or not extent.length or extent.offset % tensor.info.alignment:
             continue
         end = extent.offset + extent.length
@@ -280,9 +281,9 @@ def _runs(tensors: Iterable[PlannedTensor], extents: Mapping[str, Extent]) -> li
 def _chains(runs: Sequence[_Run], tensors: Sequence[PlannedTensor], *, by_phase: bool) -> Iterator[_Chain]:
     """Chains that begin with one of the largest runs."""
     runs = [run for run in runs if run.shareable]
-    in_runs = {tensor.name for run in runs for tensor in run.tensors}
-    fillers = [tensor for tensor in tensors if tensor.name not in in_runs and tensor.info.nbytes]
-    fillers.sort(key=lambda tensor: tensor.action == "copy")
+    in_runs = {tensor.output_name for run in runs for tensor in run.tensors}
+    fillers = [tensor for tensor in tensors if tensor.output_name not in in_runs and tensor.info.nbytes]
+    fillers.sort(key=lambda tensor: tensor.is_copied)
     # Only a base whose own data begins elsewhere has no run that begins at a multiple of 8.
     starts = [run for run in runs if run.start % 8 == 0] or runs
     for first in sorted(starts, key=lambda run: (-run.shareable, run.start))[:_STARTS_TRIED]:
@@ -303,8 +304,8 @@ def _chain(first: _Run, others: Sequence[_Run], fillers: Sequence[PlannedTensor]
             hopeless.add(gap)
             continue
         if between:
-            used = {tensor.name for tensor in between}
-            fillers = [tensor for tensor in fillers if tensor.name not in used]
+            used = {tensor.output_name for tensor in between}
+            fillers = [tensor for tensor in fillers if tensor.output_name not in used]
             hopeless.clear()
         chain.tensors += [*between, *run.tensors]
         chain.end += sum(tensor.info.nbytes for tensor in between) + run.end - run.start

@@ -1,5 +1,5 @@
-"""The steps by which a tensor of an output comes about that is not copied from where it lies: drawn, grown, or read
-through a framework.
+"""The steps by which a tensor of an output comes about that is not copied from where it lies: drawn, grown, cast, or
+read through a framework.
 
 What draws needs numpy, and is imported by whichever thread draws first, while others copy.
 """
@@ -14,7 +14,7 @@ from math import prod
 from threading import Lock
 from typing import TypeAlias, TypeVar
 
-from .checkpoints import Checkpoint
+from .checkpoints import Checkpoint, read_extent
 from .copying import Target
 from .errors import CheckpointError, Problem, SpecError
 from .initializer_arguments import Initializer
@@ -65,7 +65,9 @@ def made(tensor: PlannedTensor, base: Checkpoint, seed: int, spec: str, slot: Sl
     """
     size = DTYPE_BITS[tensor.dtype] // 8
     draw = _drawing(tensor, base, seed, spec)
-    if tensor.action == "copy":
+    if tensor.old_dtype is not None:
+        yield from _cast(tensor, tensor.old_dtype, base, slot)
+    elif tensor.is_copied:
         yield _Streamed(lambda: base.read(tensor.name), range(tensor.info.nbytes), slot, _changed(base, tensor))
     elif not tensor.keep:
         yield from _drawn(draw, range(tensor.info.elements), size, slot)
@@ -78,6 +80,27 @@ def made(tensor: PlannedTensor, base: Checkpoint, seed: int, spec: str, slot: Sl
         yield from _overlaid(tensor, base, draw, slot)
     if slot.consumer is not None:
         yield _Finished(slot.consumer)
+
+
+def _cast(tensor: PlannedTensor, old: str, base: Checkpoint, slot: Slot) -> Iterator[Step]:
+    """The steps of a tensor in another dtype: in any order where its bytes lie in a file, else in theirs."""
+    before = DTYPE_BITS[old] // 8
+    extent = base.extents.get(tensor.name)
+
+    def read(chunks: Iterable[Buffer]) -> Iterator[bytes]:
+        from .casting import cast
+
+        return (cast(chunk, old, tensor.dtype) for chunk in chunks)
+
+    if extent is None:
+        complaint = _changed(base, tensor)
+        yield _Streamed(lambda: read(base.read(tensor.name)), range(tensor.info.nbytes), slot, complaint)
+        return
+
+    def part(start: int, stop: int) -> bytes:
+        return b"".join(read(read_extent(extent.part(start * before, stop * before), base.label)))
+
+    yield from _drawn(part, range(tensor.info.elements), DTYPE_BITS[tensor.dtype] // 8, slot)
 
 
 def _overlaid(tensor: PlannedTensor, base: Checkpoint, draw: Callable[[int, int], bytes], slot: Slot) -> Iterator[Step]:
@@ -157,7 +180,7 @@ def _values(tensor: PlannedTensor, base: Checkpoint, seed: int) -> _Ranges:
     if init.name == "like":
         mean, std = moments(lambda: base.read(name), base.tensors[name], name)
         init = Initializer(name="normal", arguments={"mean": mean, "std": std})
-    return Drawing(seed, name, tensor.info, init).read
+    return Drawing(seed, tensor.output_name, tensor.info, init).read
 
 
 def _drawn(draw: Callable[[int, int], bytes], elements: range, size: int, slot: Slot) -> Iterator[_Drawn]:

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeAlias
+from typing import Annotated, Literal, NotRequired, Self, TypeAlias
 
 from pydantic import ConfigDict, FailFast, Field, PrivateAttr, StringConstraints, with_config
 from typing_extensions import TypedDict
 
-from .documents import Document, Model, canonical_json, is_false, is_none
+from .documents import Document, Model, canonical_json, is_empty, is_false, is_none, may_lack
 from .errors import ManifestError, Problem, UsageError, system_failures
 from .parsing import Text, parse_json, read_bytes
 from .tensors import DTYPE_BITS, Buffer, TensorInfo, algorithm_of, digest_of, row_span, section, unstorable
@@ -38,7 +38,7 @@ MAX_MANIFEST_BYTES = 1 << 30
 _AT_ONCE = 10_000
 
 DigestText: TypeAlias = Annotated[str, StringConstraints(pattern=r"^(blake3|sha256):[0-9a-f]{64}$")]
-Origin: TypeAlias = Literal["copied", "reinitialised", "added"]
+Origin: TypeAlias = Literal["copied", "reinitialised", "added", "cast", "grafted"]
 
 
 class FrozenRows(Model):
@@ -66,6 +66,7 @@ class TensorRecord(Model):
         digest: Digest of its raw little-endian bytes.
         rows: The rows that are frozen, where the rest of the tensor trains.
         inherited: Whether the digests were taken from the base's manifest, not computed.
+        base_name: What the base calls it, where that is another name; ``from`` in the document.
     """
 
     dtype: str
@@ -75,6 +76,9 @@ class TensorRecord(Model):
     digest: DigestText
     rows: FrozenRows | None = Field(default=None, exclude_if=is_none)
     inherited: bool = Field(default=False, exclude_if=is_false)
+    base_name: str | None = Field(default=None, alias="from", exclude_if=is_none)
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
 
     @property
     def info(self) -> TensorInfo:
@@ -136,7 +140,7 @@ class BaseFile(Model):
     header_digest: DigestText
 
 
-@with_config(ConfigDict(extra="forbid", strict=True))
+@with_config(ConfigDict(extra="forbid", strict=True, json_schema_extra=may_lack("cast", "grafted")))
 class Counts(TypedDict):
     """How many tensors the output has of each kind, and how many of the base it has not."""
 
@@ -145,6 +149,8 @@ class Counts(TypedDict):
     reinitialised: int
     added: int
     dropped: int
+    cast: NotRequired[int]
+    grafted: NotRequired[int]
 
 
 class Manifest(Document):
@@ -154,6 +160,7 @@ class Manifest(Document):
         tool: What made it.
         spec: To which spec.
         base: From which files.
+        donors: From which files of other checkpoints tensors were grafted, by what the spec calls these.
         root: Digest over all tensors: pins the output as published.
         frozen_root: Digest over the frozen tensors: pins what must hold after training.
         counts: How many tensors are frozen, trainable, reinitialised, added and dropped.
@@ -168,6 +175,7 @@ class Manifest(Document):
     tool: Tool
     spec: SpecIdentity
     base: Annotated[tuple[BaseFile, ...], FailFast()]
+    donors: dict[str, tuple[BaseFile, ...]] = Field(default_factory=dict, exclude_if=is_empty)
     root: DigestText
     frozen_root: DigestText
     counts: Counts
@@ -199,6 +207,7 @@ class Manifest(Document):
         base: Iterable[BaseFile],
         dropped: Iterable[str],
         algorithm: str,
+        donors: Mapping[str, Iterable[BaseFile]] | None = None,
     ) -> Self:
         """The manifest of an output; everything that follows from the tensors is computed."""
         ordered = {name: tensors[name] for name in sorted(tensors, key=str.encode)}
@@ -208,6 +217,7 @@ class Manifest(Document):
             tool=Tool(),
             spec=spec,
             base=tuple(base),
+            donors={name: tuple(files) for name, files in (donors or {}).items()},
             root=root_of(ordered, algorithm),
             frozen_root=frozen_root_of(ordered, algorithm),
             counts=_counts(ordered, gone),
@@ -279,13 +289,19 @@ def _digest_of_lines(lines: Iterable[list[object]], algorithm: str) -> str:
 
 def _counts(tensors: Mapping[str, TensorRecord], dropped: tuple[str, ...]) -> Counts:
     records = tensors.values()
-    return {
+    counts: Counts = {
         "frozen": sum(record.frozen for record in records),
         "trainable": sum(not record.frozen for record in records),
         "reinitialised": sum(record.origin == "reinitialised" for record in records),
         "added": sum(record.origin == "added" for record in records),
         "dropped": len(dropped),
     }
+    # Of what is rare nothing is said where there is none.
+    if cast := sum(record.origin == "cast" for record in records):
+        counts["cast"] = cast
+    if grafted := sum(record.origin == "grafted" for record in records):
+        counts["grafted"] = grafted
+    return counts
 
 
 def _tied(tensors: Mapping[str, TensorRecord]) -> tuple[tuple[str, ...], ...]:
@@ -355,17 +371,19 @@ def _contradictions(manifest: Manifest) -> Iterable[Problem]:
             yield Problem(f"{place}.rows", f"[{rows.start}:{rows.stop}] is no part of {record.info}")
         elif rows and record.held.elements * DTYPE_BITS[record.dtype] % 8:
             yield Problem(f"{place}.rows", f"[{rows.start}:{rows.stop}] of {record.info} would part a byte")
-    counts = _counts(manifest.tensors, manifest.dropped)
+    counts, counted = dict(manifest.counts), dict(_counts(manifest.tensors, manifest.dropped))
     for key, found, written in (
         ("root", root_of(manifest.tensors, manifest.algorithm), manifest.root),
         ("frozen_root", frozen_root_of(manifest.tensors, manifest.algorithm), manifest.frozen_root),
-        *((f"counts.{key}", found, dict(manifest.counts)[key]) for key, found in counts.items()),
+        *((f"counts.{key}", counted.get(key, 0), counts.get(key, 0)) for key in counted | counts),
     ):
         if found != written:
             yield Problem(key, f"does not match the tensors: the manifest says {written}, they give {found}")
-    if set(map(tuple, manifest.tied)) != set(_tied(manifest.tensors)):
+    if sorted(map(tuple, manifest.tied)) != sorted(_tied(manifest.tensors)):
         yield Problem("tied", "does not match the digests of the frozen tensors")
     if both := [
-        name for name in manifest.dropped if name in manifest.tensors and manifest.tensors[name].origin != "added"
+        name
+        for name in manifest.dropped
+        if (there := manifest.tensors.get(name)) is not None and there.origin != "added" and there.base_name is None
     ]:
         yield Problem("dropped", f"{enumerate_names(both)}: dropped, and yet there")

@@ -31,7 +31,7 @@ from .patterns import (
 from .trees import Module, Tree
 from .wording import closest, shown
 
-__all__ = ["Names"]
+__all__ = ["Names", "escape_regex", "regex_options"]
 
 #: From how many modules a step may be taken by all patterns together: so often, and so much oftener for each name. One
 #: ``**`` takes a step from every module. Some ten million are taken in a few seconds.
@@ -64,6 +64,9 @@ class Names:
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
 
     def in_order(self, some: Collection[str]) -> list[str]:
         """Those of the names that are among some, in their order."""
@@ -192,7 +195,7 @@ class Names:
             if len(self._globs) >= _MOST_GLOBS:
                 self._globs.clear()
             parts = (
-                ".*" if part == "*" else "." if part == "?" else _escape(part) for part in re.split("([*?])", text)
+                ".*" if part == "*" else "." if part == "?" else escape_regex(part) for part in re.split("([*?])", text)
             )
             self._globs[text] = cache(_compile_regex("(?s)" + "".join(parts)))
         return self._globs[text]
@@ -297,7 +300,8 @@ def _close(text: str, candidates: Iterable[str]) -> list[str]:
     return [folded[match] for match in closest(text.lower(), folded)]
 
 
-def _escape(text: str) -> str:
+def escape_regex(text: str) -> str:
+    """Text that stands for itself in RE2."""
     import re2
 
     escaped: str = re2.escape(text)
@@ -308,12 +312,13 @@ def _escape(text: str) -> str:
 _SEES_LINES = re.compile(r"\\[AzZCQ]|\(\?(?!:|P?<)")
 
 
-def _options(*, lines: bool = False) -> Any:
+def regex_options(*, lines: bool = False, groups: bool = False) -> Any:
+    """Of RE2: whether expressions are matched to lines, and whether what groups match is told."""
     import re2
 
     options = re2.Options()
     options.log_errors = False
-    options.never_capture = True
+    options.never_capture = not groups
     options.never_nl = lines
     return options
 
@@ -326,7 +331,7 @@ def _matching_lines(expression: str, text: str) -> list[str]:
     """The lines that an expression matches as a whole."""
     import re2
 
-    compiled = re2.compile(_of_whole_lines(expression), _options(lines=True))
+    compiled = re2.compile(_of_whole_lines(expression), regex_options(lines=True))
     return list(dict.fromkeys(match.group() for match in compiled.finditer(text)))
 
 
@@ -335,8 +340,8 @@ def _compile_regex(expression: str) -> Callable[[str], bool]:
     import re2
 
     try:
-        compiled = re2.compile(expression, _options())
-        re2.compile(_of_whole_lines(expression), _options(lines=True))
+        compiled = re2.compile(expression, regex_options())
+        re2.compile(_of_whole_lines(expression), regex_options(lines=True))
     except re2.error as error:
         reason = error.args[0].decode() if error.args and isinstance(error.args[0], bytes) else str(error)
         raise PatternError(f"not a regular expression that RE2 takes: {shown(reason)}") from None

@@ -14,6 +14,7 @@ from .checkpoints import Checkpoint
 from .config import CONFIG_NAME
 from .describing import base_files
 from .errors import UsageError, system_failures
+from .grafting import grafted
 from .layout import Layout, lay_out
 from .manifest import MANIFEST_NAME, Manifest, SpecIdentity, TensorRecord, is_file_output, manifest_path
 from .metering import Meter, Progress
@@ -66,6 +67,7 @@ def rewrite(
     base: Checkpoint,
     destination: Destination,
     *,
+    donors: Mapping[str, Checkpoint] | None = None,
     algorithm: str = "blake3",
     inherited: Mapping[str, TensorRecord] | None = None,
     jobs: int = 1,
@@ -78,6 +80,7 @@ def rewrite(
         plan: The plan.
         base: The base that it was made for.
         destination: Where the output goes.
+        donors: The checkpoints that tensors are grafted from, by what the spec calls them.
         algorithm: Of the digests.
         inherited: Records of tensors whose digests need not be computed.
         jobs: How many threads read, hash and write.
@@ -90,12 +93,19 @@ def rewrite(
         SystemFailure: if the system fails.
     """
     files = base_files(base, algorithm)
+    given = donors or {}
+    for donor in given.values():
+        refuse_target(destination.out, destination.manifest_elsewhere, donor, overwrite=destination.overwrite)
+    base = grafted(base, plan, given)
     writer = Writer(spec, plan, base, algorithm=algorithm, inherited=inherited or {}, jobs=jobs, link=destination.link)
     with _written(writer, destination, progress) as staging:
+        for donor in given.values():
+            donor.refuse_if_changed()
         manifest = Manifest.of(
             writer.records,
             spec=SpecIdentity(name=spec.name, digest=spec.digest(algorithm)),
             base=files,
+            donors={name: base_files(donor, algorithm) for name, donor in sorted(given.items())},
             dropped=[tensor.name for tensor in plan.tensors if tensor.action == "drop"],
             algorithm=algorithm,
         )
@@ -126,7 +136,7 @@ def _written(writer: Writer, destination: Destination, progress: Progress | None
         refuse_target(out, destination.manifest_elsewhere, base, overwrite=destination.overwrite)
         beside_weights = sum(path.stat().st_size for path in others.values())
     output = writer.plan.output
-    refuse_unstorable(base.label, {tensor.name: tensor.info for tensor in output})
+    refuse_unstorable(base.label, {tensor.output_name: tensor.info for tensor in output})
     single = out.name if is_file_output(out) else None
     layout = lay_out(output, base, single=single, max_shard_size=destination.max_shard_size)
     for warning in layout.warnings:
@@ -189,6 +199,6 @@ def _index(layout: Layout, base: Checkpoint) -> bytes:
     metadata = dict(base.index.metadata) if base.index is not None else {}
     metadata.pop("total_parameters", None)  # true of the base alone
     metadata["total_size"] = sum(tensor.info.nbytes for file in layout.files for tensor in file.tensors)
-    weight_map = {tensor.name: file.name for file in layout.files for tensor in file.tensors}
+    weight_map = {tensor.output_name: file.name for file in layout.files for tensor in file.tensors}
     document = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     return json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n"

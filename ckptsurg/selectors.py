@@ -12,7 +12,8 @@ from .layers import from_metadata
 from .matching import Names
 from .parsing import Place, Text
 from .patterns import OutOfRange, PatternError
-from .spec import FreezeItem, Item, Spec, Where
+from .rules import FreezeItem, Item, Where
+from .spec import Spec
 from .tensors import DTYPE_BITS, TensorInfo
 from .wording import counted, enumerate_names, shown
 

@@ -3,172 +3,23 @@
 from __future__ import annotations
 
 import copy
-import re
+import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, WithJsonSchema
+from pydantic import Field, PrivateAttr
 
-from .documents import Document, Model, canonical_json, fail, is_none, suggest
+from .documents import Document, Model, canonical_json, is_empty
 from .errors import Problem, SpecError
-from .initializer_arguments import Init
 from .parsing import Place, Text, describe_place
-from .tensors import DTYPE_BITS, MAX_RANK, digest_of
-from .wording import quoted, shown
+from .rules import AddRule, CastRule, DropSelector, FreezeSelector, GraftRule, ReinitRule, RenameRule, Selector
+from .tensors import digest_of
 
-__all__ = [
-    "AddRule",
-    "ConfigEdits",
-    "FreezeItem",
-    "Item",
-    "ReinitRule",
-    "Spec",
-    "Where",
-    "load_spec",
-]
+__all__ = ["ConfigEdits", "Spec", "load_spec"]
 
-
-def _known_dtype(value: str) -> str:
-    if value not in DTYPE_BITS:
-        raise fail(f'"{shown(value)}" is not known' + suggest(value, list(DTYPE_BITS)))
-    return value
-
-
-Dtype: TypeAlias = Annotated[str, AfterValidator(_known_dtype), WithJsonSchema({"enum": list(DTYPE_BITS)})]
-Size = Annotated[int, Field(ge=0, lt=2**63)]
-
-
-# --- Selectors --------------------------------------------------------------------------------------
-
-
-class Where(Model):
-    """What else a selected tensor must be.
-
-    Attributes:
-        dtype: Its dtype, as the file spells it.
-        ndim: Its number of dimensions.
-        beside: The name of a sibling that it must have, such as ``running_mean``.
-    """
-
-    dtype: Dtype | None = None
-    ndim: Annotated[int, Field(ge=0)] | None = None
-    beside: Annotated[str, Field(min_length=1)] | None = None
-
-
-class Item(Model):
-    """One pattern and what is expected of it.
-
-    Attributes:
-        match: The pattern; with a leading ``!`` it takes away.
-        where: Filters what the pattern matched.
-        expect: How many tensors the item selects or takes away, exactly.
-        optional: Whether it may match nothing.
-    """
-
-    match: Annotated[str, Field(min_length=1)]
-    where: Where | None = None
-    expect: Annotated[int, Field(ge=0)] | None = None
-    optional: bool = False
-
-
-def _items(value: object) -> object:
-    """A pattern, a list or an object, written out as a list of objects."""
-    listed = value if isinstance(value, list | tuple) else [value]
-    if not listed:
-        raise fail("an empty list selects nothing; leave the key out")
-    return tuple({"match": item} if isinstance(item, str) else item for item in listed)
-
-
-def _rows(value: object) -> object:
-    if not isinstance(value, str) or not re.fullmatch(
-        r"\[(?:-?[0-9]{1,18}|(?:-?[0-9]{1,18})?:(?:-?[0-9]{1,18})?)\]", value
-    ):
-        raise fail(f'expected a range of rows in quotes, such as "[:32000]", found {quoted(value, 40)}')
-    return value
-
-
-class FreezeItem(Item):
-    """A pattern of `freeze`.
-
-    Attributes:
-        rows: Which part along the first dimension is frozen, as a Python slice without a step: ``[:32000]``; the rest
-            of the tensor trains. None freezes the whole tensor.
-    """
-
-    rows: Annotated[str, BeforeValidator(_rows)] | None = Field(default=None, exclude_if=is_none)
-
-
-Selector: TypeAlias = Annotated[
-    tuple[Item, ...], BeforeValidator(_items, json_schema_input_type=str | Item | list[str | Item])
-]
-FreezeSelector: TypeAlias = Annotated[
-    tuple[FreezeItem, ...], BeforeValidator(_items, json_schema_input_type=str | FreezeItem | list[str | FreezeItem])
-]
-
-
-# --- Rules ------------------------------------------------------------------------------------------
-
-
-def _sizes(value: object) -> object:
-    """A whole list of sizes."""
-    if not isinstance(value, list):
-        return value
-    if len(value) > MAX_RANK:
-        raise fail(f"a tensor has at most {MAX_RANK} dimensions, found {len(value):,}")
-    return tuple(value)
-
-
-def _shape(value: object) -> object:
-    """``{0: 10}``, ``{"0": 10}`` or a whole list; the keys of the first become numbers."""
-    for size in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        if type(size) is not int or not 0 <= size < 2**63:
-            raise fail(f"a size is a whole number from 0, found {quoted(size, 40)}")
-    if isinstance(value, list):
-        return _sizes(value)
-    if not isinstance(value, dict):
-        raise fail(f"expected new sizes, {{0: 10}} or a whole list, found {quoted(value, 40)}")
-    sizes: dict[object, object] = {}
-    for key, size in value.items():
-        dimension = int(key) if isinstance(key, str) and re.fullmatch("-?[0-9]{1,9}", key) else key
-        if not isinstance(dimension, int) or isinstance(dimension, bool):
-            raise fail(f'a dimension is a whole number, found "{shown(key, 40)}"; write {{0: 10}}')
-        if dimension in sizes:
-            raise fail(f"the dimension {dimension} stands twice")
-        sizes[dimension] = size
-    return sizes
-
-
-Shape: TypeAlias = Annotated[
-    tuple[Size, ...] | dict[int, Size],
-    BeforeValidator(_shape, json_schema_input_type=list[Size] | dict[str, Size]),
-]
-
-
-class ReinitRule(Item):
-    """Tensors to draw anew.
-
-    Attributes:
-        shape: New sizes, by dimension or as a whole; None leaves the shape as it is.
-        init: What to draw.
-        keep: Whether the part that overlaps the old tensor keeps its bits.
-        frozen: Whether the drawn tensor is frozen.
-    """
-
-    shape: Shape | None = None
-    init: Init
-    keep: bool = False
-    frozen: bool = False
-
-
-class AddRule(Model):
-    """A tensor that the base does not have."""
-
-    name: Annotated[str, Field(min_length=1)]
-    shape: Annotated[tuple[Size, ...], BeforeValidator(_sizes, json_schema_input_type=list[Size])]
-    dtype: Dtype
-    init: Init
-    frozen: bool = False
+#: The keys whose values are patterns, or rules that have one.
+RULES = ("drop", "freeze", "train", "reinit", "cast", "graft", "rename")
 
 
 class ConfigEdits(Model):
@@ -194,6 +45,9 @@ class Spec(Document):
         train: Tensors that training changes; all else is frozen.
         reinit: Tensors to draw anew.
         add: Tensors that the base does not have.
+        cast: Tensors that get another dtype.
+        graft: Tensors whose bytes come from another checkpoint.
+        rename: Tensors, or modules, that are called otherwise in the output.
         config: Edits to config.json.
     """
 
@@ -203,11 +57,14 @@ class Spec(Document):
     version: Literal[1] = Field(description="Version of this document's form.")
     name: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
-    drop: Selector | None = None
+    drop: DropSelector | None = None
     freeze: FreezeSelector | None = None
     train: Selector | None = None
     reinit: tuple[ReinitRule, ...] = ()
     add: tuple[AddRule, ...] = ()
+    cast: tuple[CastRule, ...] = Field(default=(), exclude_if=is_empty)
+    graft: tuple[GraftRule, ...] = Field(default=(), exclude_if=is_empty)
+    rename: tuple[RenameRule, ...] = Field(default=(), exclude_if=is_empty)
     config: ConfigEdits | None = None
 
     _text: Text = PrivateAttr(default_factory=lambda: Text("spec", None))
@@ -249,9 +106,15 @@ class Spec(Document):
     def label(self) -> str:
         return self._text.label
 
+    @property
+    def as_written(self) -> dict[str, Any]:
+        """The document as JSON has it, its rules where the user wrote them."""
+        written: dict[str, Any] = json.loads(self.to_json() if self._text.data is None else json.dumps(self._text.data))
+        return written
+
     def digest(self, algorithm: str = "blake3") -> str:
         """Digest of the validated spec as canonical JSON: how it was written does not matter."""
-        return digest_of([canonical_json(self.model_dump(mode="json"))], algorithm)
+        return digest_of([canonical_json(self.model_dump(mode="json", by_alias=True))], algorithm)
 
     def problem(self, place: Place, message: str) -> Problem:
         """A problem at a place of the document as the user wrote it."""
@@ -261,10 +124,18 @@ class Spec(Document):
         """The path of a place: ``freeze`` where the user wrote one pattern, ``freeze[1]`` in a list."""
         return describe_place(self._text.nearest(place))
 
+    def place_of(self, written: str) -> Place:
+        """The place of a path such as ``freeze[1]``; the document itself where there is no such rule."""
+        for key in RULES:
+            for position in range(len(getattr(self, key) or ())):
+                if self.written((key, position)) == written:
+                    return (key, position)
+        return ()
+
     def pattern_at(self, written: str) -> str:
         """The pattern, or name of an added tensor, of the rule at a path such as ``freeze[1]``; empty for none."""
         rules: dict[str, str] = {}
-        for key in ("drop", "freeze", "train", "reinit"):
+        for key in RULES:
             for position, item in enumerate(getattr(self, key) or ()):
                 rules[self.written((key, position))] = item.match
         rules |= {self.written(("add", position)): rule.name for position, rule in enumerate(self.add)}
@@ -275,6 +146,9 @@ class Spec(Document):
 _IDLE_ITEM = {"match": r"re:[^\x00-\x{10FFFF}]", "optional": True}
 _IDLE_RULES: dict[str, dict[str, Any]] = {
     "reinit": {**_IDLE_ITEM, "init": "zeros"},
+    "cast": {**_IDLE_ITEM, "dtype": "F32"},
+    "graft": {**_IDLE_ITEM, "from": "base"},
+    "rename": {**_IDLE_ITEM, "to": "x"},
     "add": {"name": "\x00", "shape": [], "dtype": "F32", "init": "zeros"},
 }
 

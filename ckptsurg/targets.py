@@ -8,6 +8,7 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from .checkpoints import Checkpoint
 from .claiming import is_hidden_name
@@ -15,7 +16,13 @@ from .errors import UsageError
 from .manifest import MANIFEST_NAME, is_file_output, manifest_path
 from .wording import shown
 
-__all__ = ["refuse_manifest_target", "refuse_statement_target", "refuse_stranger", "refuse_target"]
+__all__ = [
+    "refuse_manifest_target",
+    "refuse_plan_target",
+    "refuse_statement_target",
+    "refuse_stranger",
+    "refuse_target",
+]
 
 _OVERWRITE = "--overwrite (overwrite=True) replaces an earlier output"
 
@@ -67,6 +74,15 @@ def refuse_manifest_target(path: Path, *, overwrite: bool) -> None:
         UsageError: if it is, and not to be overwritten or not by a manifest.
     """
     _refuse_taken(path, "manifest", _is_manifest, overwrite=overwrite)
+
+
+def refuse_plan_target(path: Path, *, overwrite: bool) -> None:
+    """Refuse a place for a plan that is taken.
+
+    Raises:
+        UsageError: if it is, and not to be overwritten or not by a plan.
+    """
+    _refuse_taken(path, "plan", _is_plan, overwrite=overwrite)
 
 
 def refuse_statement_target(path: Path, is_statement: Callable[[Path], bool], *, overwrite: bool) -> None:
@@ -134,9 +150,16 @@ def refuse_stranger(out: Path) -> None:
 
 
 def _is_manifest(path: Path) -> bool:
+    return _says(path, lambda document: document["tool"]["name"] == "ckptsurg")
+
+
+def _is_plan(path: Path) -> bool:
+    return _says(path, lambda document: "spec_digest" in document["reviewed"])
+
+
+def _says(path: Path, test: Callable[[Any], bool]) -> bool:
+    """Whether a path is a file, of a JSON document that a test holds of."""
     try:
-        if not stat.S_ISREG(path.lstat().st_mode):
-            return False
-        return bool(json.loads(path.read_bytes())["tool"]["name"] == "ckptsurg")
+        return stat.S_ISREG(path.lstat().st_mode) and test(json.loads(path.read_bytes()))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False

@@ -77,7 +77,7 @@ class Writer:
 
     def spared(self, files: Iterable[OutputFile], staging: Staging) -> int:
         """How many bytes of files take no room of their own: those of links, and of shared blocks."""
-        shares = {file: staging.shares_with(file) for file in self.base.files}
+        shares = {file: staging.shares_with(file) for file in {one.file for one in self.base.extents.values()}}
         folder = staging.folder.stat().st_dev
         return sum(
             file.size
@@ -87,7 +87,7 @@ class Writer:
         )
 
     def _sharable(self, tensor: PlannedTensor, shares: Mapping[StoredFile, bool]) -> int:
-        extent = self.base.extents.get(tensor.name) if tensor.action == "copy" else None
+        extent = self.base.extents.get(tensor.name) if tensor.is_copied else None
         return extent.length if extent is not None and shares[extent.file] else 0
 
     def _segments(
@@ -117,7 +117,7 @@ class Writer:
         for together in _runs(file.tensors, self.base.extents):
             first, size = together[0], sum(tensor.info.nbytes for tensor in together)
             extent = self.base.extents.get(first.name)
-            if first.action == "copy" and extent is not None:
+            if first.is_copied and extent is not None:
                 copied.append((together, Extent(extent.file, extent.offset, size), position))
             else:
                 # First, so that some draw while others wait for the disk.
@@ -132,7 +132,7 @@ class Writer:
         if self._algorithm is None:
             return None
         if tensor.action == "copy" and (record := inherit(tensor, self._inherited)) is not None:
-            self.records[tensor.name] = record
+            self.records[tensor.output_name] = record
             return None
         threads = digest_threads(tensor.info.nbytes, self._total, self._jobs) if self.base.source is None else None
         return Recorder(tensor, self._algorithm, self.records, threads)
@@ -183,7 +183,7 @@ def _runs(tensors: Iterable[PlannedTensor], extents: Mapping[str, Extent]) -> It
     together: list[PlannedTensor] = []
     last: Extent | None = None
     for tensor in tensors:
-        extent = extents.get(tensor.name) if tensor.action == "copy" else None
+        extent = extents.get(tensor.name) if tensor.is_copied else None
         goes_on = extent and last and extent.file is last.file and extent.offset == last.offset + last.length
         if together and not goes_on:
             yield together

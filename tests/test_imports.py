@@ -68,6 +68,8 @@ SLOW = {"h5py", "ml_dtypes", "numpy", "pydantic", "re2", "rich", "yaml"}
         ("inspect base.safetensors --json", {"pydantic"}),
         ("inspect base.safetensors fc", {"pydantic", "rich"}),
         ("plan spec.yaml base.safetensors", {"pydantic", "rich", "yaml"}),
+        ("init base.safetensors", {"pydantic", "yaml"}),
+        ("check spec.yaml", {"pydantic", "yaml"}),
         ("manifest spec.yaml base.safetensors -o new.json", {"pydantic", "yaml"}),
         ("rewrite spec.yaml base.safetensors -o out", {"pydantic", "yaml"}),
         ("diff base.safetensors base.safetensors", {"pydantic"}),

@@ -9,6 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from .check import check
+from .completion import complete_names, complete_names_of_manifest
+from .init import init
+from .places import Place
+
 if TYPE_CHECKING:
     from ..documents import Document
 
@@ -16,13 +21,16 @@ __all__ = ["ReaderGone", "cli"]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
+#: What may be on another machine.
+_CHECKPOINTS = ("a", "b", "ckpt", "src", "--baseline")
+
 
 def _argument(name: str, **options: Any) -> Callable[[_Command], _Command]:
-    return click.argument(name, type=click.Path(path_type=Path), **options)
+    return click.argument(name, type=Place(remote=name in _CHECKPOINTS), **options)
 
 
 def _path_option(*names: str, **options: Any) -> Callable[[_Command], _Command]:
-    return click.option(*names, type=click.Path(path_type=Path), **options)
+    return click.option(*names, type=Place(remote=names[0] in _CHECKPOINTS), **options)
 
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print the document alone, on standard output.")
@@ -48,6 +56,12 @@ _trust_base_manifest = click.option(
     "--trust-base-manifest",
     is_flag=True,
     help="Take digests of copied tensors from the manifest that CKPT was published with.",
+)
+_donor = click.option(
+    "--donor",
+    metavar="NAME=CKPT",
+    multiple=True,
+    help="A checkpoint that tensors are grafted from, by its name in SPEC.",
 )
 _jobs = click.option(
     "--jobs", metavar="N", type=click.IntRange(1, 1024), help="How many threads. Default: one a core, up to 64."
@@ -85,7 +99,7 @@ def cli() -> None:
 
 @cli.command()
 @_argument("ckpt")
-@click.argument("patterns", metavar="[PATTERN]...", nargs=-1)
+@click.argument("patterns", metavar="[PATTERN]...", nargs=-1, shell_complete=complete_names)
 @_model
 @_json
 def inspect(ckpt: Path, patterns: tuple[str, ...], model: str | None, as_json: bool) -> None:
@@ -108,20 +122,46 @@ def inspect(ckpt: Path, patterns: tuple[str, ...], model: str | None, as_json: b
 @cli.command()
 @_argument("spec")
 @_argument("ckpt")
+@_path_option("-o", "--output", "out", metavar="PLAN", help="Keep the plan, for rewrite to carry out.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier PLAN.")
+@click.option("--explain", metavar="NAME", help="Say why a tensor has its fate: which patterns take it.")
+@_donor
 @_model
 @_json
-def plan(spec: Path, ckpt: Path, model: str | None, as_json: bool) -> None:
-    """Show what a rewrite would do. Of safetensors only headers are read; nothing is written."""
-    from ..api import plan_with_spec
-    from ..coercing import opened_with
-    from . import rendering
+def plan(
+    spec: Path,
+    ckpt: Path,
+    out: Path | None,
+    overwrite: bool,
+    explain: str | None,
+    donor: tuple[str, ...],
+    model: str | None,
+    as_json: bool,
+) -> None:
+    """Show what a rewrite would do. Of safetensors only headers are read; nothing is written but PLAN."""
+    from .. import api
+    from ..coercing import as_donors, opened_with
+    from . import planned
 
+    donors = as_donors(donor)
+    publish = None if out is None else api.place_for_plan(out, overwrite=overwrite)
     with opened_with(model, ckpt) as [base]:
-        loaded, result = plan_with_spec(spec, base)
+        if explain is not None:
+            explanation = api.explain(spec, base, explain, donors=donors)
+        else:
+            loaded, result = api.plan_with_spec(spec, base, donors=donors, reviewed=out is not None)
+    if explain is not None:
+        if as_json:
+            click.echo(explanation.to_json())
+        else:
+            planned.show_explanation(explanation)
+        return
+    if publish is not None:
+        publish(result.to_json().encode() + b"\n")
     if as_json:
         _print_document(result)
     else:
-        rendering.show_plan(loaded, result)
+        planned.show_plan(loaded, result)
 
 
 @cli.command()
@@ -129,6 +169,7 @@ def plan(spec: Path, ckpt: Path, model: str | None, as_json: bool) -> None:
 @_argument("ckpt")
 @_path_option("-o", "--output", "out", required=True, help="A folder, or a file whose name ends in .safetensors.")
 @_path_option("--manifest", help="Put the manifest here (a folder keeps its own as well).")
+@_donor
 @_overwrite
 @_max_shard_size
 @_digest
@@ -143,6 +184,7 @@ def rewrite(
     ckpt: Path,
     out: Path,
     manifest: Path | None,
+    donor: tuple[str, ...],
     overwrite: bool,
     max_shard_size: str | None,
     digest: str,
@@ -153,9 +195,12 @@ def rewrite(
     model: str | None,
     as_json: bool,
 ) -> None:
-    """Publish the checkpoint that a spec describes, and its manifest."""
+    """Publish the checkpoint that a spec describes, and its manifest.
+
+    SPEC may also be a plan that `plan -o` has kept: it is carried out as it is, on the same CKPT, or not at all.
+    """
     from ..api import rewrite
-    from ..coercing import opened_with
+    from ..coercing import as_donors, opened_with
     from . import rendering
 
     with opened_with(model, ckpt) as [base], rendering.progress("rewrite") as advance:
@@ -163,6 +208,7 @@ def rewrite(
             spec,
             base,
             out,
+            donors=as_donors(donor),
             manifest=manifest,
             overwrite=overwrite,
             max_shard_size=max_shard_size,
@@ -273,13 +319,19 @@ def manifest(
 )
 @_path_option("--statement", metavar="FILE", help="Write what was found, for others to sign.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier --statement.")
+@_path_option("--junit", metavar="FILE", help="Write JUnit XML in place of an earlier one, whatever comes of it.")
+@_path_option("--markdown", metavar="FILE", help="Append a summary, as to $GITHUB_STEP_SUMMARY.")
 @click.option("--exact", is_flag=True, help="Extra tensors and missing trainable ones count as differences.")
 @click.option("--prefix", metavar="P", help="Take P off the names in CKPT.")
 @_path_option("--names", metavar="MAP", help="A JSON or YAML map from names in CKPT to names in the manifest.")
 @click.option("--allow-widened", is_flag=True, help="Accept the same values in a wider dtype.")
 @click.option("--expect-trained", is_flag=True, help="A trainable tensor that did not move is a difference.")
 @click.option(
-    "--only", metavar="PATTERN", multiple=True, help="Look at what PATTERN selects alone; of several the later wins."
+    "--only",
+    metavar="PATTERN",
+    multiple=True,
+    shell_complete=complete_names_of_manifest,
+    help="Look at what PATTERN selects alone; of several the later wins.",
 )
 @_jobs
 @_model
@@ -292,6 +344,8 @@ def verify(
     attestation: Path | None,
     statement: Path | None,
     overwrite: bool,
+    junit: Path | None,
+    markdown: Path | None,
     exact: bool,
     prefix: str | None,
     names: Path | None,
@@ -308,30 +362,34 @@ def verify(
     MANIFEST may also be the output, file or folder, that it stands by.
     """
     from ..api import load_names, place_for_statement, verify, verify_and_attest
-    from ..coercing import opened_with
+    from ..coercing import as_manifest, opened_with
     from . import rendering
+    from .results import results
 
     paths = [ckpt] if baseline is None else [ckpt, baseline]
-    publish = None if statement is None else place_for_statement(statement, overwrite=overwrite)
-    with opened_with(model, *paths) as [trained, *before], rendering.progress("verify") as advance:
-        asked: dict[str, Any] = {
-            "baseline": before[0] if before else None,
-            "names": None if names is None else load_names(names),
-            "prefix": prefix,
-            "root": root,
-            "attestation": attestation,
-            "exact": exact,
-            "allow_widened": allow_widened,
-            "expect_trained": expect_trained,
-            "only": only or None,
-            "jobs": jobs,
-            "progress": advance,
-        }
-        if publish is None:
-            result = verify(manifest, trained, **asked)
-        else:
-            result, stated = verify_and_attest(manifest, trained, **asked)
-            publish(stated)
+    with results(junit, markdown, ckpt) as conclude:
+        publish = None if statement is None else place_for_statement(statement, overwrite=overwrite)
+        document = as_manifest(manifest)
+        with opened_with(model, *paths) as [trained, *before], rendering.progress("verify") as advance:
+            asked: dict[str, Any] = {
+                "baseline": before[0] if before else None,
+                "names": None if names is None else load_names(names),
+                "prefix": prefix,
+                "root": root,
+                "attestation": attestation,
+                "exact": exact,
+                "allow_widened": allow_widened,
+                "expect_trained": expect_trained,
+                "only": only or None,
+                "jobs": jobs,
+                "progress": advance,
+            }
+            if publish is None:
+                result = verify(document, trained, **asked)
+            else:
+                result, stated = verify_and_attest(document, trained, **asked)
+                publish(stated)
+        conclude(result, document, manifest, exact=exact, allow_widened=allow_widened)
     if as_json:
         _print_document(result)
     else:
@@ -418,3 +476,7 @@ def demo(folder: Path, as_json: bool) -> None:
 
 def _print_document(document: Document) -> None:
     click.echo(document.to_json())
+
+
+for command in (check, init):
+    cli.add_command(command)

@@ -18,7 +18,7 @@ from torch import nn
 from .. import api, training
 from ..errors import CkptsurgError, UsageError
 from ..wording import shown
-from . import rendering
+from . import planned, rendering
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -122,7 +122,7 @@ def run(folder: Path, *, as_json: bool = False) -> None:
         say("".join(f"   {line}\n" for line in SPEC.splitlines()))
         say(f"$ ckptsurg plan {shown(spec)} {shown(base)}")
         document, plan = api.plan_with_spec(spec, base)
-        show(lambda: rendering.show_plan(document, plan))
+        show(lambda: planned.show_plan(document, plan))
         say(f"$ ckptsurg rewrite {shown(spec)} {shown(base)} -o {shown(out)}")
         manifest = api.rewrite(spec, base, out)
         show(lambda: rendering.show_manifest(manifest, out, None))
