@@ -45,6 +45,8 @@ def groups(names: Iterable[str]) -> Iterator[list[str]]:
 
 def parted_groups(spec: Spec, planned: Mapping[str, PlannedTensor]) -> Iterator[tuple[Place, str]]:
     """Where a spec gives the parts of one weight two fates; what to say of it."""
+    if len({(one.action, one.frozen, one.old_dtype is None) for one in planned.values()}) == 1:
+        return  # nothing is parted from anything
     for names in groups(planned):
         fates = {name: _fate(planned[name]) for name in names}
         if all(planned[name].dtype in FLOATS and planned[name].old_dtype is None for name in names):

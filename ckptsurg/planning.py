@@ -44,10 +44,12 @@ def plan(spec: Spec, source: TensorSource, donors: Mapping[str, TensorSource] | 
         space = Space(Names(left, layers), left, Names(dropped, layers))
 
     claims = Claims(findings, space)
-    taken = _Taken(findings, space, donors or {}, claims)
+    given = grafts(findings, space, donors or {}, claims.owners)
+    dtypes = casts(findings, space, claims.owners)
     called = output_names(findings, space, drop)
-    draws = Draws(findings, left, claims.owners, taken.dtypes)
-    planned = {name: _copied(name, info, claims, taken) for name, info in left.items() if name not in claims.owners}
+    draws = Draws(findings, left, claims.owners, dtypes)
+    copied = {name: info for name, info in left.items() if name not in claims.owners}
+    planned = {name: _copied(name, info, claims, given.get(name), dtypes.get(name)) for name, info in copied.items()}
     planned |= {name: _drawn(name, left[name], spec, rule, draws, claims) for name, rule in claims.owners.items()}
     planned |= {name: planned[name].model_copy(update={"to": new}) for name, new in called.items()}
     planned |= {name: _dropped(name, base[name], rule) for name, rule in dropped.items()}
@@ -63,23 +65,6 @@ def plan(spec: Spec, source: TensorSource, donors: Mapping[str, TensorSource] | 
     tensors = [planned[name] for name in base] + added
     notes = (*findings.notes, *_odd_outcomes(output), *_odd_shapes(output, base))
     return Plan(version=1, counts=_counts(tensors), tensors=tuple(tensors), notes=notes, seed=spec.seed)
-
-
-class _Taken:
-    """What becomes of bytes that are not drawn.
-
-    Attributes:
-        grafts: Whose they are, where they are not the base's.
-        casts: The new dtype of tensors, and the rule that gives it.
-    """
-
-    def __init__(self, findings: Findings, space: Space, donors: Mapping[str, TensorSource], claims: Claims) -> None:
-        self.grafts: Mapping[str, Graft] = grafts(findings, space, donors, claims.owners)
-        self.casts = casts(findings, space, claims.owners)
-
-    @property
-    def dtypes(self) -> dict[str, str]:
-        return {name: dtype for name, (dtype, _) in self.casts.items()}
 
 
 def _counts(tensors: Sequence[PlannedTensor]) -> Counts:
@@ -103,10 +88,8 @@ def _counts(tensors: Sequence[PlannedTensor]) -> Counts:
     return counts
 
 
-def _copied(name: str, info: TensorInfo, claims: Claims, taken: _Taken) -> PlannedTensor:
+def _copied(name: str, info: TensorInfo, claims: Claims, graft: Graft | None, dtype: str | None) -> PlannedTensor:
     frozen, rule = claims.copied(name)
-    graft = taken.grafts.get(name)
-    dtype = taken.dtypes.get(name)
     return PlannedTensor(
         name=name,
         action="graft" if graft is not None else "cast" if dtype is not None else "copy",

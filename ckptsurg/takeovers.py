@@ -84,9 +84,9 @@ def _refuse_unlike(
             return
 
 
-def casts(findings: Findings, space: Space, drawn: Mapping[str, int]) -> dict[str, tuple[str, int]]:
-    """The new dtype of tensors, and the rule that gives it. Of several rules for one tensor the last wins."""
-    found: dict[str, tuple[str, int]] = {}
+def casts(findings: Findings, space: Space, drawn: Mapping[str, int]) -> dict[str, str]:
+    """The new dtype of tensors that get one. Of several rules for one tensor the last wins."""
+    found: dict[str, str] = {}
     for position, rule in enumerate(findings.spec.cast):
         place = ("cast", position)
         if rule.dtype not in FLOATS:
@@ -103,8 +103,8 @@ def casts(findings: Findings, space: Space, drawn: Mapping[str, int]) -> dict[st
         if kept:
             remedy = "what is kept of a tensor keeps its bits, and its dtype"
             findings.claimed_twice(kept, ("reinit", drawn[kept[0]]), place, remedy)
-        found |= dict.fromkeys(floats, (rule.dtype, position))
-    return {name: way for name, way in found.items() if way[0] != space.tensors[name].dtype}
+        found |= dict.fromkeys(floats, rule.dtype)
+    return {name: dtype for name, dtype in found.items() if dtype != space.tensors[name].dtype}
 
 
 def output_names(findings: Findings, space: Space, drop: Selection) -> dict[str, str]:
@@ -166,6 +166,8 @@ def _called(
 def _refuse_collisions(
     findings: Findings, space: Space, called: Mapping[str, str], owner: Mapping[str, int], closing: Iterable[int]
 ) -> None:
+    if not called:
+        return  # the base's own names are fit, and each stands once
     by_name: dict[str, list[str]] = defaultdict(list)
     for name in space.tensors:
         by_name[called.get(name, name)].append(name)
