@@ -5,7 +5,8 @@ Data flows one way; each module knows only those further down in its line or bel
     cli, pytest_plugin           arguments in, rendering out
     testing                      assertions for tests
     training                     the public functions on live models
-    api, drafts, coercing        those on checkpoints; paths or objects taken alike
+    api, proofs, drafts          those on checkpoints
+      coercing                       paths or objects taken alike
     formats, integrations        how files, and how live models, become named tensors
       frameworks                     what torch and Keras hold in memory
     inspection, schemas          what a checkpoint holds; what each document may say
@@ -44,15 +45,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import attest as attest
     from .api import convert as convert
-    from .api import diff as diff
     from .api import explain as explain
     from .api import inspect as inspect
     from .api import make_manifest as make_manifest
     from .api import plan as plan
     from .api import rewrite as rewrite
-    from .api import verify as verify
     from .api import write_manifest as write_manifest
     from .drafts import draft_spec as draft_spec
     from .errors import CheckpointError as CheckpointError
@@ -68,6 +66,9 @@ if TYPE_CHECKING:
     from .manifest import Manifest as Manifest
     from .manifest import load_manifest as load_manifest
     from .plans import Plan as Plan
+    from .proofs import attest as attest
+    from .proofs import diff as diff
+    from .proofs import verify as verify
     from .report import DiffReport as DiffReport
     from .report import Report as Report
     from .spec import Spec as Spec
@@ -90,9 +91,9 @@ _HOMES = {
     "SpecError": "errors",
     "SystemFailure": "errors",
     "UsageError": "errors",
-    "attest": "api",
+    "attest": "proofs",
     "convert": "api",
-    "diff": "api",
+    "diff": "proofs",
     "draft_spec": "drafts",
     "explain": "api",
     "freeze": "training",
@@ -103,7 +104,7 @@ _HOMES = {
     "open_checkpoint": "formats",
     "plan": "api",
     "rewrite": "api",
-    "verify": "api",
+    "verify": "proofs",
     "watch": "training",
     "write_manifest": "api",
 }

@@ -7,32 +7,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from .checkpoints import Checkpoint
 from .coercing import (
-    ManifestLike,
     PathLike,
     SpecLike,
     TensorsLike,
     as_algorithm,
     as_jobs,
-    as_manifest,
     as_path,
-    as_patterns,
     as_size,
     as_spec,
     as_spec_or_patterns,
     as_target,
     checkpoint_of,
     donors_of,
-    is_model,
     tensors_of,
 )
-from .errors import DocumentError, Problem, SpecError, UsageError, system_failures
+from .errors import SpecError, UsageError, system_failures
 from .formats import endings
 from .formats.adapter import AdapterOverBase
 from .wording import shown
@@ -43,28 +38,20 @@ if TYPE_CHECKING:
     from .manifest import Manifest
     from .metering import Progress
     from .plans import Plan
-    from .renaming import Renaming
-    from .report import DiffReport, Report
     from .spec import Spec
 
 _log = logging.getLogger("ckptsurg")
 
 __all__ = [
-    "attest",
     "convert",
-    "diff",
     "explain",
     "inspect",
-    "load_names",
     "make_manifest",
     "place_for_manifest",
     "place_for_plan",
-    "place_for_statement",
     "plan",
     "plan_with_spec",
     "rewrite",
-    "verify",
-    "verify_and_attest",
     "write_manifest",
 ]
 
@@ -329,85 +316,6 @@ def make_manifest(
         )
 
 
-def verify(
-    manifest: ManifestLike,
-    ckpt_or_model: TensorsLike,
-    baseline: TensorsLike | None = None,
-    names: Renaming | None = None,
-    *,
-    prefix: str | None = None,
-    root: str | None = None,
-    attestation: PathLike | None = None,
-    exact: bool = False,
-    allow_widened: bool | None = None,
-    expect_trained: bool = False,
-    only: str | Sequence[str] | None = None,
-    jobs: int | None = None,
-    progress: Progress | None = None,
-) -> Report:
-    """Prove that every frozen tensor has the bits that the manifest records.
-
-    Args:
-        manifest: What must hold.
-        ckpt_or_model: What came back from training.
-        baseline: The published tensors; with them the report says where tensors differ, and by how much. Where both
-            are files, bytes are compared with it, and only where they differ are digests computed: whoever gives a
-            baseline vouches for it.
-        names: From the trained names to the manifest's, where they differ: a mapping or a function.
-        prefix: Taken off the trained names.
-        root: The manifest's root or frozen root, if it is pinned.
-        attestation: The statement that the output was published with, or its envelope: whoever gives it has checked
-            its signature, and it pins the root.
-        exact: Whether tensors that the manifest lacks, and trainable ones that are missing, count.
-        allow_widened: Whether a tensor in a wider dtype with the same values is accepted; None accepts it in a live
-            model and not in a file.
-        expect_trained: Whether trainable tensors that did not move, or are missing, count.
-        only: Patterns over the manifest's names, as in a spec: of the others nothing is read.
-        jobs: How many threads read and hash files; None for one on each processor, up to 64.
-        progress: Called with the bytes read and the bytes in all.
-
-    Raises:
-        ManifestError: if the manifest is not valid, or nothing in it is frozen.
-        SpecError: if a pattern cannot be read or selects nothing.
-        UsageError: if nothing selected is frozen, the root is not the manifest's, names do not fit, or the baseline is
-            another checkpoint.
-        CheckpointError: if the checkpoint is malformed.
-        SystemFailure: if it cannot be read.
-    """
-    from . import verifying
-
-    document = as_manifest(manifest)
-    relied_on: Literal["pinned", "signed"] | None = None
-    if attestation is not None:
-        from .attesting import attested_root
-
-        verifying.check_root(document, attested_root(as_path(attestation)))
-        relied_on = "signed"
-    if root is not None:
-        verifying.check_root(document, root)
-        relied_on = "pinned"
-    wanted = document.tensors.keys() if names is None else ()
-    with tensors_of(ckpt_or_model, wanted) as trained, ExitStack() as stack:
-        before = stack.enter_context(tensors_of(baseline, wanted)) if baseline is not None else None
-        is_file = isinstance(trained, Checkpoint | AdapterOverBase)
-        report = verifying.verify(
-            document,
-            trained,
-            baseline=before,
-            names=names,
-            prefix=prefix,
-            exact=exact,
-            allow_widened=not is_file if allow_widened is None else allow_widened,
-            expect_trained=expect_trained,
-            saved=not is_model(ckpt_or_model),
-            note=trained.note if isinstance(trained, AdapterOverBase) else None,
-            only=None if only is None else as_patterns(only),
-            jobs=as_jobs(jobs),
-            progress=progress,
-        )
-    return report.model_copy(update={"relied_on": relied_on})
-
-
 def write_manifest(manifest: Manifest, path: PathLike, *, overwrite: bool = False) -> None:
     """Publish a manifest by itself.
 
@@ -432,46 +340,6 @@ def place_for_manifest(path: PathLike, *, overwrite: bool = False) -> Callable[[
     return partial(publish_document, path=target, overwrite=overwrite)
 
 
-def attest(
-    manifest: ManifestLike, ckpt: TensorsLike, *, jobs: int | None = None, progress: Progress | None = None
-) -> bytes:
-    """A statement of what an output is, in the form of in-toto's Statement v1, for others to sign.
-
-    Args:
-        manifest: The manifest that it was published with.
-        ckpt: The output; every tensor and every file of it is read.
-        jobs: How many threads read and hash; None for one on each processor, up to 64.
-        progress: Called with the bytes read and the bytes in all.
-
-    Raises:
-        ManifestError: if the manifest is not valid.
-        UsageError: if there is no such checkpoint, it is not the output of this manifest, or not in files.
-        CheckpointError: if it is malformed, or changes meanwhile.
-        SystemFailure: if it cannot be read.
-    """
-    from . import attesting
-
-    document = as_manifest(manifest)
-    with checkpoint_of(ckpt) as output:
-        return attesting.of_output(document, output, jobs=as_jobs(jobs), progress=progress)
-
-
-def verify_and_attest(
-    manifest: ManifestLike, ckpt: TensorsLike, *, jobs: int | None = None, **options: Any
-) -> tuple[Report, bytes]:
-    """``verify``, and a statement of what was found, for others to sign.
-
-    Raises:
-        UsageError: as ``verify``; and if what is verified is a live model, of which there are no files.
-    """
-    from . import attesting
-
-    document = as_manifest(manifest)
-    with checkpoint_of(ckpt) as trained:
-        report = verify(document, trained, jobs=jobs, **options)
-        return report, attesting.of_report(document, report, trained, jobs=as_jobs(jobs))
-
-
 def place_for_plan(path: PathLike, *, overwrite: bool = False) -> Callable[[bytes], None]:
     """Where a plan may be kept, refused before any work is done for it; as ``place_for_manifest``."""
     from .publishing import publish_document
@@ -482,60 +350,6 @@ def place_for_plan(path: PathLike, *, overwrite: bool = False) -> Callable[[byte
         raise UsageError(f"{shown(target)}: the name of a plan ends in .json, by which rewrite knows it")
     refuse_plan_target(target, overwrite=overwrite)
     return partial(publish_document, path=target, overwrite=overwrite)
-
-
-def place_for_statement(path: PathLike, *, overwrite: bool = False) -> Callable[[bytes], None]:
-    """Where a statement may be published, refused before any work is done for it.
-
-    Returns:
-        What publishes it, given its bytes; it raises SystemFailure if the system fails, with nothing published.
-
-    Raises:
-        UsageError: if the path exists and is not to be overwritten, or holds anything but a statement.
-    """
-    from .attesting import is_statement
-    from .publishing import publish_document
-    from .targets import refuse_statement_target
-
-    target = as_path(path)
-    refuse_statement_target(target, is_statement, overwrite=overwrite)
-    return partial(publish_document, path=target, overwrite=overwrite)
-
-
-def load_names(path: PathLike) -> dict[str, str]:
-    """Read a map from trained names to the manifest's, YAML or JSON.
-
-    Raises:
-        DocumentError: if it does not map text to text.
-    """
-    from .texts import read_text
-
-    text = read_text(as_path(path), DocumentError)
-    if not isinstance(text.data, dict) or not all(
-        isinstance(key, str) and isinstance(value, str) for key, value in text.data.items()
-    ):
-        raise DocumentError(text.label, [Problem("", "expected a map from the trained names to the manifest's")])
-    return text.data
-
-
-def diff(a: TensorsLike, b: TensorsLike, *, jobs: int | None = None, progress: Progress | None = None) -> DiffReport:
-    """Compare two checkpoints, models or state dicts, tensor by tensor, bit by bit.
-
-    Args:
-        a: The one.
-        b: The other.
-        jobs: How many threads read; None for one on each processor, up to 64.
-        progress: Called with the bytes read and the bytes in all.
-
-    Raises:
-        UsageError: if there is nothing at a path.
-        CheckpointError: if a checkpoint is malformed, or changes meanwhile.
-        SystemFailure: if one cannot be read.
-    """
-    from . import diffing
-
-    with tensors_of(a) as one, tensors_of(b) as other:
-        return diffing.diff(one, other, jobs=as_jobs(jobs), progress=progress)
 
 
 def _companions(base: Checkpoint, out: Path, *, keep_other_weights: bool) -> dict[str, Path]:

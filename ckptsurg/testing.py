@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from . import api, training
+from . import proofs, training
 from .causes import explained
 from .coercing import ManifestLike, TensorsLike, is_model
 from .errors import CkptsurgError, FrozenWeightsChanged, UsageError
@@ -38,7 +38,7 @@ def assert_bit_identical(a: TensorsLike, b: TensorsLike) -> None:
     __tracebackhide__ = True
     with _ending_here():
         _refuse_same_memory(a, b)
-        report = api.diff(a, b)
+        report = proofs.diff(a, b)
     if not report.ok:
         raise AssertionError(f"{counted(len(report.tensors))} not bit-identical:\n{_table(report.tensors)}")
 

@@ -23,7 +23,7 @@ from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import CryptoSigner
 
 import ckptsurg
-from ckptsurg.api import attest, verify_and_attest
+from ckptsurg.proofs import attest, verify_and_attest
 
 SPEC = {
     "version": 1,

@@ -643,7 +643,7 @@ def test_the_example_does_not_release_what_another_manifest_allows(folder, tmp_p
     """Whoever trains may upload artifacts too, so here a manifest and a statement of what came out of training."""
     forge = """
 import os
-from ckptsurg.api import attest
+from ckptsurg.proofs import attest
 
 published = Path(os.environ["ARTIFACTS"], "published")
 manifest = ckptsurg.make_manifest(["**", "!fc"], trained)

@@ -23,7 +23,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import ckptsurg
-from ckptsurg.api import inspect, make_manifest, plan, rewrite, verify
+from ckptsurg.api import inspect, make_manifest, plan, rewrite
+from ckptsurg.proofs import verify
 
 from .oracle import BITS, Fate, Stored, Tensor, Wrong, digest, fates, nbytes, overlap, read_checkpoint, root, select
 from .strategies import chance, pattern_of, selector_of, spec_of, tensors_of, write_checkpoint, write_file

@@ -361,8 +361,8 @@ def verify(
     Exit codes: 0 every one has; 1 one has not; 2 bad usage or manifest; 3 a malformed checkpoint; 4 the system failed.
     MANIFEST may also be the output, file or folder, that it stands by.
     """
-    from ..api import load_names, place_for_statement, verify, verify_and_attest
     from ..coercing import as_manifest, opened_with
+    from ..proofs import load_names, place_for_statement, verify, verify_and_attest
     from . import rendering
     from .results import results
 
@@ -409,7 +409,7 @@ def attest(manifest: Path, ckpt: Path, out: Path, overwrite: bool, jobs: int | N
 
     CKPT is the output that MANIFEST was published with; every tensor is compared with it first.
     """
-    from ..api import attest, place_for_statement
+    from ..proofs import attest, place_for_statement
     from . import rendering
 
     publish = place_for_statement(out, overwrite=overwrite)
@@ -433,8 +433,8 @@ def diff(a: Path, b: Path, jobs: int | None, model: str | None, as_json: bool) -
 
     Exit codes: 0 identical; 1 different; 2 bad usage; 3 a malformed checkpoint; 4 the system failed.
     """
-    from ..api import diff
     from ..coercing import opened_with
+    from ..proofs import diff
     from . import rendering
 
     with opened_with(model, a, b) as [one, other], rendering.progress("diff") as advance:

@@ -15,7 +15,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from .. import api, training
+from .. import api, proofs, training
 from ..errors import CkptsurgError, UsageError
 from ..wording import shown
 from . import planned, rendering
@@ -155,7 +155,7 @@ def run(folder: Path, *, as_json: bool = False) -> None:
 
 
 def _verify(out: Path, trained: Path, say: Callable[[str], None], show: Callable[[Callable[[], None]], None]) -> Report:
-    report = api.verify(out / "freeze.json", trained, baseline=out)
+    report = proofs.verify(out / "freeze.json", trained, baseline=out)
     say(f"$ ckptsurg verify {shown(out / 'freeze.json')} {shown(trained)} --baseline {shown(out)}")
     show(lambda: rendering.show_report(report))
     return report

@@ -9,10 +9,11 @@ import random
 from collections import defaultdict
 from typing import Any
 
-from ckptsurg.api import make_manifest, verify
+from ckptsurg.api import make_manifest
 from ckptsurg.errors import ManifestError
 from ckptsurg.formats import open_checkpoint
 from ckptsurg.manifest import Manifest, load_manifest
+from ckptsurg.proofs import verify
 
 from ..oracle import digest
 from .checking import MISTAKES, Target, attempt, cases, require, scratch
