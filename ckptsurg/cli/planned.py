@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..patterns import split_name
 from ..wording import counted, shown, size
 from .rendering import ROWS, console, elements, fits
 
@@ -111,13 +112,26 @@ def _show_sources(screen: Console, output: Sequence[PlannedTensor]) -> None:
     lines = {
         "grafted": [f"{shown(one.name)}  of {shown(one.donor)}" for one in output if one.donor is not None],
         "cast": [f"{shown(one.name)}  {one.old_dtype} -> {one.dtype}" for one in output if one.old_dtype is not None],
-        "renamed": [f"{shown(one.name)} -> {shown(one.to)}" for one in output if one.to is not None],
+        "renamed": [
+            f"{shown(old)} -> {shown(new)}"
+            for old, new in dict.fromkeys(_renamed(one.name, one.to) for one in output if one.to is not None)
+        ],
     }
     for what, found in lines.items():
         for line in found[:_SOME]:
             screen.print(f"{what}  {line}", soft_wrap=True)
         if len(found) > _SOME:
             screen.print(f"{what}  ... and {len(found) - _SOME:,} more; --json lists all")
+
+
+def _renamed(old: str, new: str) -> tuple[str, str]:
+    """Two names without what they end in alike: a module that is called otherwise is shown once."""
+    one, other = split_name(old), split_name(new)
+    alike = 0
+    while alike < min(len(one), len(other)) - 1 and one[-1 - alike] == other[-1 - alike]:
+        alike += 1
+    tail = sum(len(segment) + 1 for segment in one[len(one) - alike :])
+    return (old, new) if not tail else (old[:-tail], new[:-tail])
 
 
 def show_explanation(explanation: Explanation) -> None:
