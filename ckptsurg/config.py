@@ -17,7 +17,7 @@ from .parsing import parse_json
 from .spec import Spec
 from .wording import closest, shown
 
-__all__ = ["CONFIG_NAME", "Configs", "edited_config"]
+__all__ = ["CONFIG_NAME", "Configs", "edited_config", "read_config"]
 
 CONFIG_NAME = "config.json"
 MAX_CONFIG_BYTES = 10_000_000
@@ -63,7 +63,7 @@ def edited_config(spec: Spec, folder: Path | None) -> Configs:
     if folder is None:
         message = "the base is a lone file and has no config.json; give the folder of the model, or leave `config` out"
         raise SpecError(spec.label, [spec.problem(("config",), message)])
-    before = _read(folder)
+    before = read_config(folder)
     if before is None:
         message = f"{shown(folder)} has no config.json to edit"
         raise SpecError(spec.label, [spec.problem(("config",), message)])
@@ -95,7 +95,7 @@ def edited_config(spec: Spec, folder: Path | None) -> Configs:
 
 def _unedited(folder: Path | None) -> Configs:
     try:
-        config = None if folder is None else _read(folder)
+        config = None if folder is None else read_config(folder)
     except (CheckpointError, SystemFailure):
         config = None  # where it is to be brought along, it is refused then
     return Configs(config, config)
@@ -108,7 +108,13 @@ def _above(path: str) -> Iterator[str]:
         yield path
 
 
-def _read(folder: Path) -> dict[str, Any] | None:
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """The config.json of a folder; None where there is none.
+
+    Raises:
+        CheckpointError: if it is malformed, or a link that leaves the folder.
+        SystemFailure: if it cannot be read.
+    """
     path = folder / CONFIG_NAME
     try:
         raw = read_small(contained(path, folder), MAX_CONFIG_BYTES, os.O_NOFOLLOW)

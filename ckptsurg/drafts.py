@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .coercing import PathLike, TensorsLike, as_patterns, as_target, checkpoint_of
-from .errors import CheckpointError, CkptsurgError, SpecError, UsageError
+from .errors import CkptsurgError, SpecError, UsageError
 from .wording import shown
 
 if TYPE_CHECKING:
@@ -77,26 +77,9 @@ def name_of(path: Path) -> str:
 
 
 def _config_of(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
-    """The config.json of a model's folder."""
-    from .checkpoints import read_small
-    from .config import CONFIG_NAME, MAX_CONFIG_BYTES
-    from .containment import contained
-    from .parsing import parse_json
+    from .config import read_config
 
-    if checkpoint.folder is None:
-        return None
-    path = checkpoint.folder / CONFIG_NAME
-    try:
-        raw = read_small(contained(path, checkpoint.folder), MAX_CONFIG_BYTES, os.O_NOFOLLOW)
-    except UsageError:  # there is none
-        return None
-    try:
-        config = parse_json(raw.decode("utf-8"))
-    except ValueError as failure:
-        raise CheckpointError(f"{shown(path)}: malformed: {shown(failure)}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{shown(path)}: expected an object")
-    return config
+    return None if checkpoint.folder is None else read_config(checkpoint.folder)
 
 
 def place_for_draft(
