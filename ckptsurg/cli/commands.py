@@ -10,6 +10,7 @@ import click
 from .check import check
 from .init import init
 from .proving import attest, diff, verify
+from .report import report
 from .surgery import convert, demo, inspect, manifest, plan, rewrite, schema
 
 __all__ = ["ReaderGone", "cli"]
@@ -49,6 +50,6 @@ def cli() -> None:
 
 for command in (
     *(inspect, init, check, plan, rewrite, convert, manifest),
-    *(verify, attest, diff, schema, demo),
+    *(verify, diff, report, attest, schema, demo),
 ):
     cli.add_command(command)
