@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from .report import Difference
 from .selectors import module_and_leaf
@@ -67,7 +68,8 @@ class _Settling:
 
     def __init__(self, drifted: Sequence[Difference], evidence: Evidence) -> None:
         self._evidence = evidence
-        self._moved = [one.name for one in drifted if one.verdict not in ("missing", "dtype_only")]
+        # A dict, for it has the order of a list, and a tensor is found in it at once.
+        self._moved = dict.fromkeys(one.name for one in drifted if one.verdict not in ("missing", "dtype_only"))
         self._missing = {one.name for one in drifted if one.verdict == "missing"}
         kinds = {name: moving_buffer(name, evidence.names) for name in self._moved}
         # Optimizers, casts and averages do not single buffers out: where nothing else moved, the forward pass did it.
@@ -114,9 +116,9 @@ class _Settling:
             return "batchnorm_stats"
         if self._decayed(traits):
             return "weight_decay"
-        if self._averaged():
+        if self._averaged:
             return "ema_rounding"
-        return "merge_roundtrip" if self._merged() else None
+        return "merge_roundtrip" if self._merged else None
 
     def _counter(self, name: str) -> Traits | None:
         """How the counter of a running statistic changed; None if it did not, or that is not known."""
@@ -125,7 +127,7 @@ class _Settling:
     def _counted_on(self, name: str) -> bool:
         """Whether the counter has gone up, as only a forward pass makes it; and the model is no retrained one."""
         counter = self._counter(name)
-        return counter is not None and counter.grew and all(one.is_akin for one in self._traits(lambda rank: rank >= 2))
+        return counter is not None and counter.grew and self._are_akin
 
     def _did_not_count(self, name: str) -> bool:
         """Whether the counter stood still, or went back: it was reset, or something else was loaded."""
@@ -134,12 +136,25 @@ class _Settling:
 
     def _decayed(self, traits: Traits) -> bool:
         """Whether a tensor shrank by one ratio, and by no other one than the rest."""
-        alike = [one for one in self._evidence.traits.values() if one.shrank_by_one_ratio]
-        if not alike or not all(one.shrank_as_much(alike[0]) for one in alike):
-            return False
         # Equal values shrink by one ratio whatever moves them, so others have to bear witness.
-        return traits.shrank_by_one_ratio or any(traits.shrank_like(one) for one in alike)
+        return bool(self._shrunk) and (
+            traits.shrank_by_one_ratio or any(traits.shrank_like(one) for one in self._shrunk)
+        )
 
+    @cached_property
+    def _shrunk(self) -> Sequence[Traits]:
+        """What shrank by one ratio each, if all by about as much; of equal ratios, one."""
+        alike = [one for one in self._evidence.traits.values() if one.shrank_by_one_ratio]
+        if not all(one.shrank_as_much(alike[0]) for one in alike):
+            return ()
+        return list({(one.ratios, one.epsilon): one for one in alike}.values())
+
+    @cached_property
+    def _are_akin(self) -> bool:
+        """Whether all matrices that moved still point where they did."""
+        return all(one.is_akin for one in self._traits(lambda rank: rank >= 2))
+
+    @cached_property
     def _averaged(self) -> bool:
         """Whether everything moved as in a moving average of values that stand still."""
         traits = self._traits()
@@ -157,6 +172,7 @@ class _Settling:
         )
         return one_way and bool(everywhere)
 
+    @cached_property
     def _merged(self) -> bool:
         """Whether some matrices, and nothing but matrices, moved as rounding makes them that adds and takes away."""
         traits = self._traits()
