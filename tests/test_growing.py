@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -609,8 +610,10 @@ def test_a_new_shape_without_an_edit_of_the_config_is_noted(tmp_path):
     rule = {"match": "classifier", "shape": {0: 5}, "keep": True, "init": "default"}
     spec = {"version": 1, "freeze": ["**", {"match": "classifier", "rows": "[:3]"}], "reinit": [rule]}
     [note] = ckptsurg.plan(spec, tmp_path / "bert").notes
-    assert note == ("classifier.bias, classifier.weight: a new shape, and config.json stays as it is; see `config`")
-    spec["config"] = {"set": {"num_labels": 5}, "unset": ["id2label", "label2id"]}
+    said, _, edit = note.partition("; config: ")
+    assert said == "config.json says 3 labels, and classifier.weight has 5 rows"
+    spec["config"] = yaml.safe_load(edit)
+    assert spec["config"] == {"set": {"num_labels": 5}, "unset": ["id2label", "label2id"]}
     assert ckptsurg.plan(spec, tmp_path / "bert").notes == ()
     manifest = ckptsurg.rewrite(spec, tmp_path / "bert", tmp_path / "out")
     model = _load(BertForSequenceClassification, tmp_path / "out")

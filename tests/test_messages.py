@@ -26,7 +26,7 @@ def base(tmp_path_factory):
 TYPOS = {
     "a key": (
         'version: 1\nfreez: ["**"]\n',
-        'spec.yaml:2: freez: unknown key "freez"; nearest: freeze',
+        'spec.yaml:2: freez: unknown key "freez"; nearest: freeze, rename',
     ),
     "a key inside a rule": (
         "version: 1\nreinit:\n  - match: fc\n    inti: zeros\n",
