@@ -4,7 +4,7 @@
 # wrote, for a minute or, with make fuzz SECONDS=3600, for as long as there is time. What is found is kept in build/fuzz.
 # Another command measures, for as long as the machine is left alone (about an hour, 25 GB of disk, 24 GB of memory):
 #   make bench  ckptsurg, its peers and `cp`, in turns, on this file system and, as root, on an XFS image; the peers
-#               have an environment of their own, and the table goes into the README, chart and runs into docs/.
+#               have an environment of their own, and table, chart and runs go into docs/.
 #               For less: make bench BENCH="--sizes 0.25 --rounds 3 --where ext4 --docs /tmp --readme /tmp/README.md"
 
 PYTHON ?= python3

@@ -10,7 +10,7 @@ folder is used as it is; others live in a sparse image, which needs root and mkf
 at the end, on Ctrl-C too. What cannot be measured is named.
 
 Written are docs/performance.json (every run), docs/performance.svg, and the table between `<!-- bench -->` and
-`<!-- /bench -->` in README.md. `--from docs/performance.json` makes the latter two again without measuring. Memory is
+`<!-- /bench -->` in docs/performance.md. `--from docs/performance.json` makes the latter two again without measuring. Memory is
 the largest resident set of a tool's process and those that it waited for; what this process has, some 26 MB, is the
 least that can be seen. A GB of checkpoint takes 5 GB of disk, and of memory, if nothing is to be read from the disk.
 """
@@ -52,7 +52,8 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="default build/bench")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="for chart and runs; default docs")
-    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="for the table; default README.md")
+    page = Path("docs/performance.md")
+    parser.add_argument("--readme", type=Path, default=page, help=f"for the table; default {page}")
     parser.add_argument("--from", dest="kept", type=Path, metavar="JSON", help="of an earlier run")
     options = parser.parse_args()
     if options.rounds < 1:

@@ -281,6 +281,22 @@ def test_llama_pruned(tmp_path, llama):
     assert _folder_moved(manifest, tmp_path / "out", tmp_path / "trained") == {"lm_head.weight"}
 
 
+def test_llama_middle_out(tmp_path, llama):
+    from transformers import LlamaForCausalLM
+
+    manifest = ckptsurg.rewrite(SPECS / "llama-middle-out.yaml", llama, tmp_path / "out")
+    model = _load(LlamaForCausalLM, tmp_path / "out")
+    old = {name: tensor for path in llama.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    for new, was in ((1, 1), (2, 4), (3, 5)):
+        weight = model.model.layers[new].mlp.up_proj.weight.detach()
+        assert weight.numpy().tobytes() == old[f"model.layers.{was}.mlp.up_proj.weight"].numpy().tobytes()
+    frozen = ckptsurg.freeze(model, manifest)
+    _train_language_model(model, torch.optim.AdamW(frozen.trainable_parameters(), lr=1e-2, weight_decay=0.1))
+    model.save_pretrained(tmp_path / "trained")
+    assert ckptsurg.verify(manifest, tmp_path / "trained", exact=True).ok
+    assert _folder_moved(manifest, tmp_path / "out", tmp_path / "trained") == {"lm_head.weight"}
+
+
 def test_llama_old_tokens(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,4 +1,4 @@
-"""The results as text: one table in Markdown, for the README, and one of every figure, for the terminal."""
+"""The results as text: one table in Markdown, for docs/performance.md, and one of every figure, for the terminal."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["show_explanation", "show_plan"]
 
+_DOES = {"takes": "takes it", "gives away": "gives it away", "filters out": "filters it out"}
 #: Of tensors that are named one by one.
 _SOME = 8
 
@@ -143,7 +144,7 @@ def show_explanation(explanation: Explanation) -> None:
     screen.print(line.append(f"  {shown(tensor.to)}" if tensor.to is not None else ""), soft_wrap=True)
     for reason in explanation.reasons:
         mark = Text("  * " if reason.decides else "    ", style="bold")
-        screen.print(mark.append(f"{reason.rule}  {shown(reason.pattern)}  {reason.does} it"), soft_wrap=True)
+        screen.print(mark.append(f"{reason.rule}  {shown(reason.pattern)}  {_DOES[reason.does]}"), soft_wrap=True)
     if not explanation.reasons:
         screen.print("    no pattern of the spec matches it", soft_wrap=True)
     if any(not reason.decides for reason in explanation.reasons):

@@ -1,4 +1,4 @@
-"""What the README says of Keras is so."""
+"""What docs/integrations.md says of Keras is so."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ckptsurg.integrations.keras import FreezeCallback, load_weights
 
 from .pretrained import accustomed, images
 
-README = (Path(__file__).parent.parent.parent / "README.md").read_text()
+INTEGRATIONS = (Path(__file__).parent.parent.parent / "docs" / "integrations.md").read_text()
 
 
 def _block(kind: str, containing: str) -> str:
-    blocks = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+    blocks = re.findall(r"```(\w+)\n(.*?)```", INTEGRATIONS, re.DOTALL)
     [found] = [text for language, text in blocks if language == kind and containing in text]
     return found
 
 
 @pytest.fixture
 def base(tmp_path, monkeypatch):
-    """The README's base, where its commands are run."""
+    """The document's base, where its commands are run."""
     monkeypatch.chdir(tmp_path)
     base = keras.applications.MobileNetV2(weights=None, include_top=False, input_shape=(32, 32, 3), pooling="avg")
     accustomed(base).save("base.keras")
