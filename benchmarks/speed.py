@@ -11,8 +11,8 @@ at the end, on Ctrl-C too. What cannot be measured is named.
 
 Written are docs/performance.json (every run), docs/performance.svg, and the table between `<!-- bench -->` and
 `<!-- /bench -->` in docs/performance.md. `--from docs/performance.json` makes the latter two again without measuring.
-Memory is the largest resident set of a tool's process and those that it waited for; what this process has, some 26 MB, is the
-least that can be seen. A GB of checkpoint takes 5 GB of disk, and of memory, if nothing is to be read from the disk.
+Memory is the largest resident set of a tool's process and those that it waited for; what this process has, some 26 MB,
+is the least that can be seen. A GB of checkpoint takes 5 GB of disk, and of memory, if nothing is to be read from disk.
 """
 
 from __future__ import annotations
