@@ -182,7 +182,7 @@ def rewrite(
         document = as_spec(spec, base, given) if kept is None else spec_of(kept)
         done = prepared(document, base, given)
         if kept is not None:
-            done.refuse_unlike(kept, base, given)
+            done.refuse_unlike(kept, document, base, given)
         planned, edited = done.plan, done.config
         if edited is not None and is_file_output(target):
             message = f"{shown(target)} is a lone file and has no config.json; give a folder, or leave `config` out"

@@ -11,9 +11,9 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-from .patterns import CHILD_NUMBER, split_name
+from .patterns import CHILD_NUMBER, numbered_children
 from .tensors import TensorInfo
 from .wording import quoted, shown
 
@@ -36,6 +36,10 @@ _DEFAULT_LABELS = 2
 _DEEPEST = 3
 
 
+#: The numbers of children, by what leads to their module.
+_Children: TypeAlias = Mapping[tuple[str, ...], set[int]]
+
+
 @dataclass(frozen=True, slots=True)
 class _Fact:
     """A number that tensors show, and that a config may say.
@@ -45,12 +49,14 @@ class _Fact:
         before: In the base.
         after: In the output.
         kept: Of a stack: which of its blocks are left, by their place in the base.
+        is_experts: Whether the blocks are experts.
     """
 
     what: str
     before: int
     after: int
     kept: Sequence[int] = ()
+    is_experts: bool = False
 
 
 def disagreements(
@@ -71,10 +77,11 @@ def disagreements(
         A note on each, with the edit that would mend it.
     """
     infos = {name: info for name, (_, info) in output.items()}
-    stacks = list(_stacks(base, output))
+    before = _children(base)
+    stacks = list(_stacks(before, _children(old for old, _ in output.values())))
     facts_of = {
-        _BLOCKS: [fact for fact in stacks if not fact.what.endswith(" experts")],
-        _EXPERTS: [fact for fact in stacks if fact.what.endswith(" experts")],
+        _BLOCKS: [fact for fact in stacks if not fact.is_experts],
+        _EXPERTS: [fact for fact in stacks if fact.is_experts],
         _ROWS: list(_rows(base, output)),
     }
     notes: list[str] = []
@@ -85,7 +92,7 @@ def disagreements(
             notes += _number(".".join(path), value, now, facts)
         elif isinstance(value, list) and len(value) > 1 and now == value:
             notes += _list(".".join(path), value, facts_of[_BLOCKS])
-    return [*notes, *_gaps(base, infos), *_labels(edited, infos), *_ties(edited, infos, output)]
+    return [*notes, *_gaps(before, infos), *_labels(edited, infos), *_ties(edited, infos, output)]
 
 
 def _note(said: str, shown_by: str, edit: str) -> str:
@@ -111,9 +118,8 @@ def _at(config: Any, path: Iterable[str]) -> Any:
     return config
 
 
-def _stacks(base: Mapping[str, TensorInfo], output: Mapping[str, tuple[str, TensorInfo]]) -> Iterator[_Fact]:
+def _stacks(before: _Children, after: _Children) -> Iterator[_Fact]:
     """Numbered blocks of modules that are in no block themselves; and experts, as in the first block that has any."""
-    before, after = _children(base), _children(old for old, _ in output.values())
     has_experts = False
     for above, numbers in before.items():
         is_experts = above[-1] == "experts"
@@ -125,17 +131,16 @@ def _stacks(base: Mapping[str, TensorInfo], output: Mapping[str, tuple[str, Tens
         places = {number: place for place, number in enumerate(sorted(numbers))}
         kept = [places[number] for number in sorted(after.get(above, ()))]
         what = f"{shown('.'.join(above))} has {len(kept)} {'experts' if is_experts else 'blocks'}"
-        yield _Fact(what, len(numbers), len(kept), kept)
+        yield _Fact(what, len(numbers), len(kept), kept, is_experts)
 
 
-def _children(names: Iterable[str]) -> dict[tuple[str, ...], set[int]]:
+def _children(names: Iterable[str]) -> _Children:
     """The numbered children of modules."""
     found: dict[tuple[str, ...], set[int]] = defaultdict(set)
     for name in names:
-        segments = split_name(name)
-        for place, segment in enumerate(segments[1:-1], 1):
-            if CHILD_NUMBER.fullmatch(segment):
-                found[tuple(segments[:place])].add(int(segment))
+        for above, number in numbered_children(name):
+            if above:
+                found[above].add(int(number))
     return found
 
 
@@ -165,9 +170,8 @@ def _list(path: str, value: Sequence[Any], stacks: Sequence[_Fact]) -> list[str]
     return []
 
 
-def _gaps(base: Mapping[str, TensorInfo], output: Mapping[str, TensorInfo]) -> list[str]:
+def _gaps(before: _Children, output: Mapping[str, TensorInfo]) -> list[str]:
     """Numbers that are missing: a model that is built of config.json counts its blocks from 0."""
-    before = _children(base)
     for above, numbers in _children(output).items():
         expected = range(len(numbers))
         if above in before and before[above] == set(range(len(before[above]))) and numbers != set(expected):

@@ -9,7 +9,18 @@ from functools import cache
 from typing import Any
 
 from .matching import Names, escape_regex, regex_options
-from .patterns import CHILD_NUMBER, AnyDepth, Children, PatternError, Segment, Step, expand_braces, parse, split_name
+from .patterns import (
+    CHILD_NUMBER,
+    AnyDepth,
+    Children,
+    PatternError,
+    Segment,
+    Step,
+    expand_braces,
+    numbered_children,
+    parse,
+    split_name,
+)
 from .wording import enumerate_names, quoted, shown
 
 __all__ = ["Template", "renumbered"]
@@ -33,12 +44,12 @@ def renumbered(left: Sequence[str], dropped: Iterable[str]) -> dict[str, str]:
     """
     whole: dict[tuple[str, ...], set[str]] = defaultdict(set)
     for name in left:
-        for above, child in _numbered(name):
+        for above, child in numbered_children(name):
             whole[above].add(child)
     gone: dict[tuple[str, ...], set[str]] = defaultdict(set)
     strays = []
     for name in dropped:
-        block = next((block for block in _numbered(name) if block[1] not in whole.get(block[0], ())), None)
+        block = next((block for block in numbered_children(name) if block[1] not in whole.get(block[0], ())), None)
         if block is None:
             strays.append(name)
         else:
@@ -57,14 +68,6 @@ def renumbered(left: Sequence[str], dropped: Iterable[str]) -> dict[str, str]:
         numbers[above] = {str(number): str(before[0] + place) for place, number in enumerate(kept)}
     called = {name: "".join(_with_numbers(name, numbers)) for name in left}
     return {name: new for name, new in called.items() if new != name}
-
-
-def _numbered(name: str) -> Iterator[tuple[tuple[str, ...], str]]:
-    """The numbered children on the way to a tensor, outermost first: what leads to each, and its number."""
-    segments = split_name(name)
-    for place, segment in enumerate(segments[:-1]):
-        if CHILD_NUMBER.fullmatch(segment):
-            yield tuple(segments[:place]), segment
 
 
 def _with_numbers(name: str, numbers: Mapping[tuple[str, ...], Mapping[str, str]]) -> Iterator[str]:

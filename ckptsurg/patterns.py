@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -22,6 +22,7 @@ __all__ = [
     "Segment",
     "Step",
     "expand_braces",
+    "numbered_children",
     "parse",
     "pick",
     "split_name",
@@ -127,6 +128,14 @@ Step: TypeAlias = AnyDepth | Segment | Children
 
 def split_name(pattern: str) -> list[str]:
     return SEPARATOR.split(pattern)
+
+
+def numbered_children(name: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """The numbered children on the way to a tensor, outermost first: what leads to each, and its number."""
+    segments = split_name(name)
+    for place, segment in enumerate(segments[:-1]):
+        if CHILD_NUMBER.fullmatch(segment):
+            yield tuple(segments[:place]), segment
 
 
 @lru_cache(maxsize=4096)

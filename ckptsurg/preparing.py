@@ -41,9 +41,9 @@ class Prepared:
         """The plan with what it was made of, to be kept."""
         return self.plan.model_copy(update={"reviewed": _made_of(spec, base, donors)})
 
-    def refuse_unlike(self, kept: Plan, base: Checkpoint, donors: Mapping[str, Checkpoint]) -> None:
+    def refuse_unlike(self, kept: Plan, spec: Spec, base: Checkpoint, donors: Mapping[str, Checkpoint]) -> None:
         """Raise UsageError if a plan that was kept is not what its spec makes of the base now."""
-        found = _made_of(spec_of(kept), base, donors)
+        found = _made_of(spec, base, donors)
         assert kept.reviewed is not None
         for name, before, now in (
             (base.label, kept.reviewed.base, found.base),
