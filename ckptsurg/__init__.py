@@ -10,8 +10,8 @@ Data flows one way; each module knows only those further down in its line or bel
     formats, integrations        how files, and how live models, become named tensors
       frameworks                     what torch and Keras hold in memory
     inspection, schemas          what a checkpoint holds; what each document may say
-      drafting, heads, blocks        a spec to begin with; what is the head, what is numbered
-    preparing, explaining        a plan with all that belongs to it; why a tensor has its fate
+      drafting                       a spec to begin with: what is the head, what is numbered
+    preparing                    a plan with all that belongs to it
     rewriting, verifying, diffing  carry a plan out; prove that frozen tensors have their bits
     summaries                    what a verify came to, for the pages of a pipeline
     attesting                      statements of both, for others to sign
@@ -26,10 +26,11 @@ Data flows one way; each module knows only those further down in its line or bel
       reading, copying               bytes are read in threads; and written, or shared
       parallel, disk, metering       threads; what changes a disk; how far along
       moments, initializers, random_bits  named values, the same for good
-    planning, checking           spec x headers -> one action for every tensor; a spec without a checkpoint
+    planning                     spec x headers -> one action for every tensor
       claims, draws, takeovers       which rule has which tensor; what is drawn; what is cast, grafted, renamed
-      packed, output_names           weights with their scales; what tensors are called in the output
+      scale_groups, output_names     weights with their scales; what tensors are called in the output
       findings                       all that is wrong, gathered
+      checking, explaining           a spec without a checkpoint; why a tensor has its fate
       selectors, matching, patterns  which tensors a pattern selects
       trees, layers                  names as a tree; where tensors stand in a model
       defaults                       what ``default`` draws

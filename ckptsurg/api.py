@@ -33,10 +33,10 @@ from .formats.adapter import AdapterOverBase
 from .wording import shown
 
 if TYPE_CHECKING:
-    from .explaining import Explanation
     from .inspection import Inspection
     from .manifest import Manifest
     from .metering import Progress
+    from .planning.explaining import Explanation
     from .plans import Plan
     from .spec import Spec
 
@@ -121,7 +121,7 @@ def explain(
     Raises:
         UsageError: if there is no such tensor; otherwise as ``plan``.
     """
-    from .explaining import explain
+    from .planning.explaining import explain
     from .preparing import prepared
 
     with checkpoint_of(ckpt) as base, donors_of(donors) as given:

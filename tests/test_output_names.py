@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import ckptsurg
-from ckptsurg.output_names import renumbered
+from ckptsurg.planning.output_names import renumbered
 
 NAMES = (
     "wte.weight",

@@ -18,8 +18,8 @@ def check(specs: tuple[Path, ...], as_json: bool) -> int:
 
     Exit codes: 0 every spec is valid; 2 one is not, or is not there; 4 the system failed.
     """
-    from .. import checking
     from ..errors import SpecError, UsageError
+    from ..planning import checking
     from ..wording import counted, shown
 
     found: list[dict[str, object]] = []

@@ -14,7 +14,7 @@ from .rendering import ROWS, console, elements, fits
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..explaining import Explanation
+    from ..planning.explaining import Explanation
     from ..plans import Plan, PlannedTensor
     from ..spec import Spec
 

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .patterns import CHILD_NUMBER, SEPARATOR
-from .selectors import module_and_leaf
-from .tensors import FLOATS, TensorInfo
+from ..patterns import CHILD_NUMBER, SEPARATOR
+from ..selectors import module_and_leaf
+from ..tensors import FLOATS, TensorInfo
 
 __all__ = [
     "Head",

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 
+from ..errors import SpecError
+from ..layers import from_metadata
+from ..matching import Names
+from ..plans import Counts, Plan, PlannedTensor
+from ..selectors import Space, module_and_leaf
+from ..spec import Spec
+from ..tensors import TensorInfo, TensorSource, refused_name
+from ..wording import counted, enumerate_names, shown
 from .claims import Claims
 from .draws import Draws
-from .errors import SpecError
 from .findings import Findings
-from .layers import from_metadata
-from .matching import Names
-from .packed import parted_groups
-from .plans import Counts, Plan, PlannedTensor
-from .selectors import Space, module_and_leaf
-from .spec import Spec
+from .scale_groups import parted_group
 from .takeovers import Graft, casts, grafts, output_names
-from .tensors import TensorInfo, TensorSource, refused_name
-from .wording import counted, enumerate_names, shown
 
 __all__ = ["plan"]
 
@@ -55,8 +55,8 @@ def plan(spec: Spec, source: TensorSource, donors: Mapping[str, TensorSource] | 
     planned |= {name: _dropped(name, base[name], rule) for name, rule in dropped.items()}
     added = _added(findings, {called.get(name, name) for name in left}, draws)
     draws.report_refusals()
-    for place, message in parted_groups(spec, planned):
-        findings.add(place, message)
+    if (parted := parted_group(spec, planned)) is not None:
+        findings.add(*parted)
     output = [planned[name] for name in left] + added
     if not output and not findings.problems:
         findings.add(("drop",), "drops every tensor: nothing would be left")

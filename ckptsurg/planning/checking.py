@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import Problem, SpecError
-from .matching import Names
-from .patterns import OutOfRange, PatternError
-from .spec import Spec
-from .wording import shown
+from ..errors import Problem, SpecError
+from ..matching import Names
+from ..patterns import OutOfRange, PatternError
+from ..spec import Spec
+from ..wording import shown
 
 __all__ = ["check"]
 
@@ -26,7 +26,7 @@ def check(path: Path) -> Spec:
         SpecError: with every problem at once.
         UsageError: if there is no such file.
     """
-    from .texts import read_text  # here, for YAML's own import costs as much as a small spec
+    from ..texts import read_text  # here, for YAML's own import costs as much as a small spec
 
     text = read_text(path, SpecError)
     problems: list[Problem] = []

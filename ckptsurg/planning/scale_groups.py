@@ -6,14 +6,14 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
-from .parsing import Place
-from .plans import PlannedTensor
-from .selectors import module_and_leaf
-from .spec import Spec
-from .tensors import FLOATS
-from .wording import shown
+from ..parsing import Place
+from ..plans import PlannedTensor
+from ..selectors import module_and_leaf
+from ..spec import Spec
+from ..tensors import FLOATS
+from ..wording import shown
 
-__all__ = ["groups", "parted_groups"]
+__all__ = ["groups", "parted_group"]
 
 #: What is beside a quantised weight, by the end of its name: FP8 of DeepSeek and torchao, compressed-tensors, MXFP4.
 _BESIDE = re.compile(
@@ -43,10 +43,10 @@ def groups(names: Iterable[str]) -> Iterator[list[str]]:
             yield together
 
 
-def parted_groups(spec: Spec, planned: Mapping[str, PlannedTensor]) -> Iterator[tuple[Place, str]]:
-    """Where a spec gives the parts of one weight two fates; what to say of it."""
+def parted_group(spec: Spec, planned: Mapping[str, PlannedTensor]) -> tuple[Place, str] | None:
+    """Where a spec gives the parts of one weight two fates, and what to say of it; of several the first."""
     if len({(one.action, one.frozen, one.old_dtype is None) for one in planned.values()}) == 1:
-        return  # nothing is parted from anything
+        return None  # nothing is parted from anything
     for names in groups(planned):
         fates = {name: _fate(planned[name]) for name in names}
         if all(planned[name].dtype in FLOATS and planned[name].old_dtype is None for name in names):
@@ -57,8 +57,8 @@ def parted_groups(spec: Spec, planned: Mapping[str, PlannedTensor]) -> Iterator[
         ruled = next((name for name in (other, one) if planned[name].rule is not None), None)
         place = spec.place_of(planned[ruled].rule or "") if ruled is not None else ()
         what = f"{shown(one)} is {fates[one]}, and {shown(other)} is {fates[other]}"
-        yield place, f"{what}: one is nothing without the other"
-        return
+        return place, f"{what}: one is nothing without the other"
+    return None
 
 
 def _fate(tensor: PlannedTensor) -> str:

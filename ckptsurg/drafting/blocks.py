@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .patterns import CHILD_NUMBER
-from .tensors import TensorInfo
-from .trees import Module, Tree
+from ..patterns import CHILD_NUMBER
+from ..tensors import TensorInfo
+from ..trees import Module, Tree
 
 __all__ = ["Stack", "Stages", "find_stacks", "find_stages"]
 

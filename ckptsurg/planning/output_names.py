@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from .matching import Names, escape_regex, regex_options
-from .patterns import (
+from ..matching import Names, escape_regex, regex_options
+from ..patterns import (
     CHILD_NUMBER,
     AnyDepth,
     Children,
@@ -21,7 +21,7 @@ from .patterns import (
     parse,
     split_name,
 )
-from .wording import enumerate_names, quoted, shown
+from ..wording import enumerate_names, quoted, shown
 
 __all__ = ["Template", "renumbered"]
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from .documents import Model
-from .errors import UsageError
-from .layers import from_metadata
-from .matching import Names
-from .patterns import PatternError
-from .plans import Plan, PlannedTensor
-from .rules import Item
-from .selectors import Space
-from .spec import RULES, Spec
-from .tensors import TensorSource
-from .wording import closest, shown
+from ..documents import Model
+from ..errors import UsageError
+from ..layers import from_metadata
+from ..matching import Names
+from ..patterns import PatternError
+from ..plans import Plan, PlannedTensor
+from ..rules import Item
+from ..selectors import Space
+from ..spec import RULES, Spec
+from ..tensors import TensorSource
+from ..wording import closest, shown
 
 __all__ = ["Explanation", "Reason", "explain"]
 

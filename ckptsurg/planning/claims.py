@@ -6,11 +6,11 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
+from ..rules import ReinitRule
+from ..selectors import Space
+from ..tensors import TensorInfo
+from ..wording import enumerate_names, shown
 from .findings import Findings
-from .rules import ReinitRule
-from .selectors import Space
-from .tensors import TensorInfo
-from .wording import enumerate_names, shown
 
 __all__ = ["Claims"]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 
+from ..initializer_arguments import Initializer, refusal
+from ..parsing import Place
+from ..rules import AddRule, ReinitRule
+from ..selectors import module_and_leaf
+from ..tensors import TensorInfo
+from ..wording import enumerate_names, shown
 from .findings import Findings
-from .initializer_arguments import Initializer, refusal
-from .parsing import Place
-from .rules import AddRule, ReinitRule
-from .selectors import module_and_leaf
-from .tensors import TensorInfo
-from .wording import enumerate_names, shown
 
 __all__ = ["Draws"]
 
@@ -72,7 +72,7 @@ class Draws:
     ) -> Initializer:
         """The initializer with ``default`` written out; a problem where it cannot draw the tensor."""
         if init.name == "default":
-            from .defaults import Ambiguous, resolve_default  # here, for it builds initializers of its own
+            from ..defaults import Ambiguous, resolve_default  # here, for it builds initializers of its own
 
             module, leaf = module_and_leaf(name)
             owner = init.arguments.get("module") or ("MultiheadAttention" if self._in_attention(module) else None)

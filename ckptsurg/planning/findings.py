@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from .errors import Problem
-from .parsing import Place
-from .rules import Item
-from .selectors import Selection, Space, select
-from .spec import Spec
-from .wording import enumerate_names
+from ..errors import Problem
+from ..parsing import Place
+from ..rules import Item
+from ..selectors import Selection, Space, select
+from ..spec import Spec
+from ..wording import enumerate_names
 
 __all__ = ["Findings"]
 

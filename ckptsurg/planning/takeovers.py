@@ -6,13 +6,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from ..parsing import Place
+from ..patterns import PatternError
+from ..selectors import Selection, Space
+from ..tensors import FLOATS, TensorInfo, TensorSource, refused_name
+from ..wording import counted, enumerate_names, quoted, shown
 from .findings import Findings
 from .output_names import Template, renumbered
-from .parsing import Place
-from .patterns import PatternError
-from .selectors import Selection, Space
-from .tensors import FLOATS, TensorInfo, TensorSource, refused_name
-from .wording import counted, enumerate_names, quoted, shown
 
 __all__ = ["Graft", "casts", "grafts", "output_names"]
 
