@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from .errors import FreezeError as FreezeError
     from .errors import FrozenWeightsChanged as FrozenWeightsChanged
     from .errors import ManifestError as ManifestError
+    from .errors import PeerFailed as PeerFailed
     from .errors import SpecError as SpecError
     from .errors import SystemFailure as SystemFailure
     from .errors import UsageError as UsageError
@@ -86,6 +87,7 @@ _HOMES = {
     "FrozenWeightsChanged": "errors",
     "Manifest": "manifest",
     "ManifestError": "errors",
+    "PeerFailed": "errors",
     "Plan": "plans",
     "Report": "report",
     "Spec": "spec",

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoints import Checkpoint
 from .coercing import (
+    GroupLike,
     PathLike,
     SpecLike,
     TensorsLike,
     as_algorithm,
     as_jobs,
     as_path,
+    as_ranks,
     as_size,
     as_spec,
     as_spec_or_patterns,
@@ -34,10 +37,11 @@ from .wording import shown
 
 if TYPE_CHECKING:
     from .inspection import Inspection
-    from .manifest import Manifest
+    from .manifest import BaseFile, Manifest, TensorRecord
     from .metering import Progress
     from .planning.explaining import Explanation
     from .plans import Plan
+    from .ranks import Ranks
     from .spec import Spec
 
 _log = logging.getLogger("ckptsurg")
@@ -142,8 +146,10 @@ def rewrite(
     keep_other_weights: bool = False,
     link: bool = False,
     trust_base_manifest: bool = False,
+    resume: bool = False,
     jobs: int | None = None,
     progress: Progress | None = None,
+    group: GroupLike = None,
 ) -> Manifest:
     """Publish the checkpoint that a spec describes, and its manifest, whole or not at all.
 
@@ -161,44 +167,54 @@ def rewrite(
             writes to one then writes to both.
         trust_base_manifest: Whether digests of copied tensors are taken from the manifest that the base was published
             with, and not computed; the manifest says which.
-        jobs: How many threads read, hash and write; None for one on each processor, up to 64.
-        progress: Called with the bytes done and the bytes in all.
+        resume: Whether to go on where a run that was stopped has left off: what it has staged is read, and kept where
+            it has the digest that was recorded. If this run is stopped, what it has staged stays for the next.
+        jobs: How many threads read, hash and write; None for one on each processor, up to 64, or its part of them.
+        progress: Called with the bytes done and the bytes in all, of this process.
+        group: The process group of ``torch.distributed`` among whose processes the work is dealt out; all of them call
+            this alike. None for this process alone.
 
     Raises:
         SpecError: if the spec is not valid or does not fit the checkpoint.
         UsageError: if the output exists, would touch the base, the base has no manifest to be trusted, or is not what
             the plan was made of.
         CheckpointError: if the checkpoint is malformed, or changes meanwhile.
-        SystemFailure: if the system fails; nothing is published then.
+        SystemFailure: if the system fails, or a process of the group is lost; nothing is published then.
+        PeerFailed: if another process of the group fails.
     """
     from . import rewriting
     from .describing import inherited_records
     from .manifest import is_file_output
     from .preparing import kept_plan, prepared, spec_of
 
-    target = as_target(out)
-    with checkpoint_of(ckpt) as base, donors_of(donors) as given:
-        kept = kept_plan(spec)
-        document = as_spec(spec, base, given) if kept is None else spec_of(kept)
-        done = prepared(document, base, given)
-        if kept is not None:
-            done.refuse_unlike(kept, document, base, given)
-        planned, edited = done.plan, done.config
-        if edited is not None and is_file_output(target):
-            message = f"{shown(target)} is a lone file and has no config.json; give a folder, or leave `config` out"
-            raise SpecError(document.label, [document.problem(("config",), message)])
-        for note in planned.notes:
-            _log.info("note: %s", note)
-        destination = rewriting.Destination(
-            target,
-            _companions(base, target, keep_other_weights=keep_other_weights),
-            edited,
-            None if manifest is None else as_path(manifest),
-            overwrite,
-            as_size(max_shard_size),
-            link,
-        )
-        algorithm = as_algorithm(digest)
+    with as_ranks(group) as ranks, ExitStack() as stack:
+        target, algorithm = as_target(out), as_algorithm(digest)
+        base, given = _opened_by_all(ranks, stack, ckpt, donors)
+
+        def prepare() -> tuple[Spec, Plan, rewriting.Destination, Mapping[str, TensorRecord] | None]:
+            kept = kept_plan(spec)
+            document = as_spec(spec, base, given) if kept is None else spec_of(kept)
+            done = prepared(document, base, given)
+            if kept is not None:
+                done.refuse_unlike(kept, document, base, given)
+            if done.config is not None and is_file_output(target):
+                message = f"{shown(target)} is a lone file and has no config.json; give a folder, or leave `config` out"
+                raise SpecError(document.label, [document.problem(("config",), message)])
+            for note in done.plan.notes:
+                _log.info("note: %s", note)
+            destination = rewriting.Destination(
+                target,
+                _companions(base, target, keep_other_weights=keep_other_weights),
+                done.config,
+                None if manifest is None else as_path(manifest),
+                overwrite,
+                as_size(max_shard_size),
+                link,
+            )
+            inherited = inherited_records(base, algorithm) if trust_base_manifest else None
+            return document, done.plan, destination, inherited
+
+        document, planned, destination, inherited = ranks.share(prepare)
         return rewriting.rewrite(
             document,
             planned,
@@ -206,10 +222,44 @@ def rewrite(
             destination,
             donors=given,
             algorithm=algorithm,
-            inherited=inherited_records(base, algorithm) if trust_base_manifest else None,
-            jobs=as_jobs(jobs),
+            inherited=inherited,
+            resume=resume,
+            jobs=as_jobs(jobs, ranks),
             progress=progress,
+            ranks=ranks,
         )
+
+
+def _opened_by_all(
+    ranks: Ranks, stack: ExitStack, ckpt: TensorsLike, donors: Mapping[str, TensorsLike] | None
+) -> tuple[Checkpoint, Mapping[str, Checkpoint]]:
+    """A base and donors, opened by every rank; refused where two of them see others.
+
+    Raises:
+        UsageError: if they do, or there is no checkpoint.
+        CheckpointError: if one is malformed.
+        SystemFailure: if one cannot be read.
+    """
+    from .describing import base_files
+
+    opened: list[tuple[Checkpoint, Mapping[str, Checkpoint]]] = []
+
+    def open_all() -> dict[str, list[BaseFile]]:
+        base, given = stack.enter_context(checkpoint_of(ckpt)), stack.enter_context(donors_of(donors))
+        opened.append((base, given))
+        return {one.label: base_files(one, "blake3") for one in (base, *given.values())} if ranks.size > 1 else {}
+
+    seen = ranks.gather(open_all)
+
+    def compare() -> None:
+        for rank, files in enumerate(seen):
+            for (label, first), other in zip(seen[0].items(), files.values(), strict=True):
+                if first != other:
+                    message = f"{label}: rank {rank} sees other files than rank 0, by their sizes or headers"
+                    raise UsageError(message, hint="all ranks need to see one checkpoint under one path")
+
+    ranks.share(compare)
+    return opened[0]
 
 
 def convert(

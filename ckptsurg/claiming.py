@@ -25,7 +25,7 @@ _log = logging.getLogger("ckptsurg")
 _LONGEST_NAME = 200
 #: Of a name that another run takes away each time.
 _MOST_TRIES = 100
-_OUTPUT, _WITHDRAWN = "output", "withdrawn-"
+_OUTPUT, _WITHDRAWN, _JOURNAL = "output", "withdrawn-", "journal-"
 
 
 class Claim:
@@ -48,15 +48,22 @@ class Claim:
         """Where a file is kept that stood beside the target."""
         return self.folder / f"{_WITHDRAWN}{path.name}"
 
-    def sweep(self) -> None:
+    def journals(self) -> list[Path]:
+        """Those that runs have left."""
+        return sorted(self.folder.glob(f"{_JOURNAL}*"))
+
+    def sweep(self, *, spare_output: bool = False) -> None:
         """Take away what a run that was killed has left, and put back what it took away before it published anything.
+
+        Args:
+            spare_output: Whether what it has staged stays, with its journals.
 
         Raises:
             SystemFailure: if there is anything that no run of ours has left.
             OSError: if the system fails.
         """
         found = sorted(path.name for path in self.folder.iterdir())
-        strange = [name for name in found if name != _OUTPUT and not name.startswith(_WITHDRAWN)]
+        strange = [name for name in found if name != _OUTPUT and not name.startswith((_WITHDRAWN, _JOURNAL))]
         if strange:
             message = f"{shown(self.folder)}: a folder of ours, but in it is what is not: {enumerate_names(strange)}"
             raise SystemFailure(message, hint="move that away, or choose another output")
@@ -66,6 +73,8 @@ class Claim:
         disk.flush_folder(self.folder.parent)
         for name in found:
             self._put_back(self.folder / name)
+        if spare_output:
+            return
         left = sum(not path.is_dir() or path.is_symlink() for path in self.folder.rglob("*"))
         for path in self.folder.iterdir():
             if path.is_dir() and not path.is_symlink():
@@ -90,6 +99,11 @@ class Claim:
             return self.release.alive and os.path.samestat(self.folder.lstat(), os.fstat(self.descriptor))
         except OSError:
             return False
+
+
+def journal_beside(output: Path, rank: int) -> Path:
+    """Where a rank keeps the journal of an output that is staged."""
+    return output.parent / f"{_JOURNAL}{rank}"
 
 
 _held: weakref.WeakSet[Claim] = weakref.WeakSet()

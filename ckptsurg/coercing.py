@@ -18,18 +18,21 @@ from .checkpoints import Checkpoint
 from .errors import SpecError, UsageError
 from .formats import NO_MODEL, is_keras_file, open_checkpoint, open_trained
 from .parallel import MOST_JOBS, available_jobs
+from .ranks import ALONE, Ranks
 from .tensors import ALGORITHMS, TensorSource
 from .urls import URL, as_url
 from .wording import enumerate_names, shown
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
 
     from .manifest import Manifest
     from .plans import Plan
     from .spec import Spec
 
 __all__ = [
+    "GroupLike",
     "ManifestLike",
     "PathLike",
     "PlaceLike",
@@ -43,6 +46,7 @@ __all__ = [
     "as_path",
     "as_patterns",
     "as_place",
+    "as_ranks",
     "as_size",
     "as_spec",
     "as_spec_or_patterns",
@@ -63,6 +67,8 @@ SpecLike: TypeAlias = "PathLike | Spec | Plan | Mapping[str, Any]"
 ManifestLike: TypeAlias = "PathLike | Manifest"
 #: A checkpoint, by path or URL or opened; a live model; a state dict.
 TensorsLike: TypeAlias = "PlaceLike | TensorSource | torch.nn.Module | Mapping[str, torch.Tensor]"
+#: Processes that do one job together; None for this one alone.
+GroupLike: TypeAlias = "ProcessGroup | Ranks | None"
 
 
 def as_path(given: object) -> Path:
@@ -309,14 +315,31 @@ def as_algorithm(given: str) -> str:
     return given
 
 
-def as_jobs(given: int | None) -> int:
-    """A number of threads; None for one on each processor.
+def as_ranks(given: GroupLike) -> Ranks:
+    """The ranks of a process group; of None this process alone.
+
+    Raises:
+        UsageError: if it is no process group.
+    """
+    if given is None:
+        return ALONE
+    if isinstance(given, Ranks):
+        return given
+    if (module := sys.modules.get("torch.distributed")) is None or not isinstance(given, module.ProcessGroup):
+        raise UsageError(f"expected a process group of torch.distributed, found {shown(given, 60)}")
+    from .ranks.process_group import ProcessGroupRanks
+
+    return ProcessGroupRanks(given)
+
+
+def as_jobs(given: int | None, ranks: Ranks = ALONE) -> int:
+    """A number of threads; None for one on each processor, dealt out to the ranks that share them.
 
     Raises:
         UsageError: if it is no number from 1 to ``MOST_JOBS``.
     """
     if given is None:
-        return available_jobs()
+        return max(1, available_jobs() // ranks.on_this_host)
     if type(given) is not int or not 1 <= given <= MOST_JOBS:
         raise UsageError(f"jobs must be a whole number from 1 to {MOST_JOBS}, found {shown(given, 40)}")
     return given

@@ -15,19 +15,20 @@ from .disk import BLOCK_BYTES
 from .tensors import Buffer
 from .wording import size
 
-__all__ = ["Amounts", "Target", "outside"]
+__all__ = ["Amounts", "Target", "outside", "within"]
 
 #: Fewer bytes are left to the last flush, with their neighbours.
 _WORTH_WRITEBACK = 256 << 10
 
-Way: TypeAlias = Literal["linked", "reflinked", "copied", "wrote"]
+Way: TypeAlias = Literal["kept", "linked", "reflinked", "copied", "wrote"]
 
 
 class Amounts(Counter[Way]):
     """How many bytes of an output came to it in which way.
 
-    ``linked`` are in files that are the base's own; ``reflinked`` in blocks that are shared with the base, until one of
-    the two is written to; ``copied`` were read from the base and written; what it ``wrote`` is new: headers and values.
+    ``kept`` are there since a run that was stopped; ``linked`` are in files that are the base's own; ``reflinked`` in
+    blocks that are shared with the base, until one of the two is written to; ``copied`` were read from the base and
+    written; what it ``wrote`` is new: headers and values.
     """
 
     def __str__(self) -> str:
@@ -36,22 +37,23 @@ class Amounts(Counter[Way]):
 
 
 class Target:
-    """A file of an output in the making. Any thread may write to any part of it; once it is whole, it is on disk.
+    """A file of an output in the making. Any thread may write to any part of it; once all is there, it is on disk.
 
     Attributes:
         amounts: How its bytes came to it.
 
     Args:
-        descriptor: The file, open for writing and empty; closed here.
+        descriptor: The file, open for writing; closed here.
         length: Its size once it is whole, in bytes.
+        missing: How many bytes will be brought here; None for all. Of others there is room in the file by now.
     """
 
-    def __init__(self, descriptor: int, length: int) -> None:
-        self._descriptor, self._length, self._missing = descriptor, length, length
+    def __init__(self, descriptor: int, length: int, missing: int | None = None) -> None:
+        self._descriptor, self._length, self._missing = descriptor, length, length if missing is None else missing
         self._is_open = True
         self._lock = Lock()
         self.amounts = Amounts()
-        if not length:
+        if not self._missing:
             self._finish()
 
     def write(self, data: Buffer, at: int, way: Way = "wrote") -> None:
@@ -110,6 +112,11 @@ class Target:
         if self._is_open:
             self._is_open = False
             os.close(self._descriptor)
+
+
+def within(span: range, other: range) -> range:
+    """The part of a span that is in another too."""
+    return range(max(span.start, other.start), min(span.stop, other.stop))
 
 
 def outside(span: range, shared: range) -> Iterator[range]:

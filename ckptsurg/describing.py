@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from .checkpoints import Checkpoint, extents_of
 from .errors import UsageError
@@ -78,14 +78,14 @@ def describe(
         elif tensor.name in extents:
             lying.append(tensor)
         else:
-            recorder = Recorder(tensor, algorithm, records)
+            recorder = Recorder(tensor, algorithm, records.__setitem__)
             for chunk in meter.over(source.read(tensor.name)):
                 recorder.update(chunk)
             recorder.finish()
     readings = (
         Reading(
             extents[tensor.name],
-            Recorder(tensor, algorithm, records, digest_threads(tensor.info.nbytes, total, jobs)),
+            Recorder(tensor, algorithm, records.__setitem__, digest_threads(tensor.info.nbytes, total, jobs)),
         )
         for tensor in lying
     )
@@ -103,14 +103,18 @@ class Recorder:
     Args:
         tensor: The tensor.
         algorithm: Of the digest.
-        records: Where the record goes once it is made.
+        keep: Given its name in the output and the record, once that is made.
         threads: How many threads may work on the digest; None for all there are.
     """
 
     def __init__(
-        self, tensor: PlannedTensor, algorithm: str, records: dict[str, TensorRecord], threads: int | None = None
+        self,
+        tensor: PlannedTensor,
+        algorithm: str,
+        keep: Callable[[str, TensorRecord], None],
+        threads: int | None = None,
     ) -> None:
-        self._tensor, self._records, self._whole = tensor, records, Digester(algorithm, threads)
+        self._tensor, self._keep, self._whole = tensor, keep, Digester(algorithm, threads)
         self._rows = None if tensor.rows is None else Digester(algorithm, threads)
         self._position = 0
 
@@ -127,7 +131,7 @@ class Recorder:
         rows = None
         if tensor.rows is not None:
             rows = FrozenRows(start=tensor.rows[0], stop=tensor.rows[1], digest=str(self._rows))
-        self._records[tensor.output_name] = TensorRecord(
+        record = TensorRecord(
             dtype=tensor.dtype,
             shape=tensor.shape,
             frozen=tensor.frozen,
@@ -136,6 +140,7 @@ class Recorder:
             rows=rows,
             base_name=None if tensor.to is None else tensor.name,
         )
+        self._keep(tensor.output_name, record)
 
 
 def inherited_records(base: TensorSource, algorithm: str) -> Mapping[str, TensorRecord]:

@@ -19,6 +19,7 @@ from .tensors import Buffer
 
 __all__ = [
     "BLOCK_BYTES",
+    "append",
     "begin_writeback",
     "claim",
     "clone_range",
@@ -28,10 +29,12 @@ __all__ = [
     "flush_folder",
     "link",
     "make_folder",
+    "make_room",
     "move",
     "remove",
     "remove_all",
     "remove_folder",
+    "reopen",
     "replace",
     "write_all",
 ]
@@ -51,6 +54,25 @@ _SYNC_FILE_RANGE_WRITE = 2
 def create(path: Path) -> int:
     """A new file, open for writing; its mode follows the umask."""
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+
+def make_room(descriptor: int, length: int) -> None:
+    """Give a file its size in bytes, with holes where nothing is yet."""
+    os.ftruncate(descriptor, length)
+
+
+def reopen(path: Path) -> int:
+    """A file that is there, open for writing; never one at the end of a link."""
+    return os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def append(path: Path, content: Buffer) -> None:
+    """Write at the end of a file, which is made if it is not there; nothing of it need be on disk afterwards."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(descriptor, content)
+    finally:
+        os.close(descriptor)
 
 
 def write_all(descriptor: int, content: Buffer, at: int) -> None:

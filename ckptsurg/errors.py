@@ -8,6 +8,7 @@
   + FreezeError             2  a live model that cannot be made to obey its manifest
   + CheckpointError         3  a checkpoint that is malformed or unreadable
   + SystemFailure           4  the system failed: disk full, permission, I/O
+  + PeerFailed              -  another rank of a run has failed; the number is that of its error
   + FrozenWeightsChanged    1  a frozen tensor does not have its bits, or is about to lose them
 
 The number is the exit code of the command line. ``hint`` says what to do next.
@@ -18,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
 
 from .wording import shown
 
@@ -29,6 +29,7 @@ __all__ = [
     "FreezeError",
     "FrozenWeightsChanged",
     "ManifestError",
+    "PeerFailed",
     "Problem",
     "SpecError",
     "SystemFailure",
@@ -46,7 +47,7 @@ class CkptsurgError(Exception):
         hint: The next step for the user, or None.
     """
 
-    exit_code: ClassVar[int] = 2
+    exit_code: int = 2
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -121,6 +122,18 @@ class SystemFailure(CkptsurgError):
     """The system failed: disk full, permission denied, I/O error."""
 
     exit_code = 4
+
+
+class PeerFailed(CkptsurgError):
+    """Another rank of a run has failed, so that all of them stop.
+
+    Attributes:
+        rank: Which one, from 0.
+    """
+
+    def __init__(self, rank: int, message: str, *, hint: str | None = None, exit_code: int = 4) -> None:
+        super().__init__(f"rank {rank}: {message}", hint=hint)
+        self.rank, self.exit_code = rank, exit_code
 
 
 class FrozenWeightsChanged(CkptsurgError):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -18,10 +19,11 @@ from .checkpoints import StoredFile, open_regular
 from .claiming import claim_beside
 from .copying import Target
 from .errors import CheckpointError, CkptsurgError, SystemFailure, UsageError, system_failures
+from .journal import recorded_by
 from .targets import refuse_manifest_target, refuse_stranger
 from .wording import shown
 
-__all__ = ["Staging", "publish_document", "staged"]
+__all__ = ["Room", "Staging", "publish_document", "staged"]
 
 _log = logging.getLogger("ckptsurg")
 
@@ -29,15 +31,86 @@ _log = logging.getLogger("ckptsurg")
 _MOST_INTERRUPTIONS = 8
 
 
-class Staging:
+class Room:
+    """A folder in which the files of an output are made; where it came from is another's business.
+
+    Attributes:
+        folder: The folder, inside one that is never published.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._targets: list[Target] = []
+
+    def create(self, name: str, size: int) -> Target:
+        """A new file of a size in bytes, on disk once it is whole; closed at the end if it never is."""
+        return self._opened(disk.create(self._place(name)), size)
+
+    def make_room(self, name: str, size: int) -> None:
+        """A file of a size in bytes, of which any rank may bring a part; one that is there by now stays.
+
+        Not if it has other names too: to write to it would be to write to those.
+        """
+        path = self._place(name)
+        with suppress(FileNotFoundError):
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_size == size:
+                return
+            disk.remove(path)
+        descriptor = disk.create(path)
+        try:
+            disk.make_room(descriptor, size)
+        finally:
+            os.close(descriptor)
+
+    def reopen(self, name: str, size: int, missing: int) -> Target:
+        """A file that there is room for, to bring so many bytes to it."""
+        path = self._place(name)
+        try:
+            descriptor = disk.reopen(path)
+        except FileNotFoundError:
+            message = f"{shown(path)}: what the first rank has staged is not there"
+            raise SystemFailure(message, hint="all ranks need to see the output's folder under one path") from None
+        return self._opened(descriptor, size, missing)
+
+    def read(self, name: str) -> StoredFile | None:
+        """A file that is there, to be read; None if it is not."""
+        try:
+            descriptor, status = open_regular(self.folder / name, os.O_NOFOLLOW)
+        except CkptsurgError:
+            return None
+        return StoredFile(name, descriptor, status, b"", None)
+
+    def _opened(self, descriptor: int, size: int, missing: int | None = None) -> Target:
+        target = Target(descriptor, size, missing)
+        self._targets.append(target)
+        return target
+
+    def _place(self, name: str) -> Path:
+        """The path of a file."""
+        path = self.folder / name
+        _make_folders(path.parent)
+        return path
+
+    def close(self) -> None:
+        """Close what is open, whole or not."""
+        for target in self._targets:
+            target.close()
+
+
+class Staging(Room):
     """A hidden folder beside the target, in which the output is made, and which is this run's alone.
 
     Attributes:
         folder: The folder, inside one that is never published.
+        recorded: Digests of tensors that a run which was stopped has brought to their places, by name; it was the same
+            run, and they are not checked.
 
     Args:
         target: What will be published.
         part_of: The staged output that it is published with.
+        run: The identity of the run, if it is to go on with what a stopped one has staged, and to leave what it has
+            staged itself if it is stopped.
 
     Raises:
         UsageError: if another run is at work on the same target.
@@ -45,21 +118,24 @@ class Staging:
         OSError: if the system fails.
     """
 
-    def __init__(self, target: Path, part_of: Staging | None = None) -> None:
+    def __init__(self, target: Path, part_of: Staging | None = None, run: str | None = None) -> None:
         self._claim = claim_beside(target)
-        self.folder = self._claim.output
-        self._is_published, self._part_of = False, part_of
-        self._targets: list[Target] = []
+        super().__init__(self._claim.output)
+        self._is_published, self._part_of, self._can_be_resumed = False, part_of, run is not None
+        self.recorded: Mapping[str, str] = {}
         self._withdrawn: list[tuple[Path, Path]] = []
         self._unflushed: Path | None = None
         self._holds_old = self._holds_withdrawn = False
         try:
-            self._claim.sweep()
+            if run is not None and self.folder.is_dir():
+                self.recorded = recorded_by(self._claim.journals(), run)
+            self._claim.sweep(spare_output=bool(self.recorded))
         except BaseException:
             self._claim.release()
             raise
         try:
-            disk.make_folder(self.folder)
+            if not self.recorded:
+                disk.make_folder(self.folder)
         except BaseException:
             self.remove()
             raise
@@ -77,8 +153,7 @@ class Staging:
             self._claim.release()
 
     def _clear(self) -> None:
-        for file in self._targets:
-            file.close()
+        self.close()
         if not self._claim.is_held():
             return  # somebody took the folder away, or this is a child of the process that has it
         for held, target in () if self.published else self._withdrawn:
@@ -87,6 +162,8 @@ class Staging:
             self._flush()
         if self._holds_withdrawn:
             _log.warning("%s: holds what could not be put back", shown(self._claim.folder))
+        elif self._can_be_resumed and not self.published and self._claim.journals():
+            _log.warning("%s: holds what is done so far; --resume goes on with it", shown(self._claim.folder))
         elif self._holds_old:
             _log.warning("%s: holds the earlier output, for the new one may not be on disk", shown(self.folder))
         else:
@@ -114,19 +191,25 @@ class Staging:
             raise
         self._unflushed, self._holds_old = None, False
 
-    def create(self, name: str, size: int) -> Target:
-        """A new file of a size in bytes, on disk once it is whole; closed at the end if it never is."""
-        path = self._place(name)
-        target = Target(disk.create(path), size)
-        self._targets.append(target)
-        return target
+    def held(self) -> int:
+        """How much room what a stopped run has staged takes, in bytes."""
+        return sum(path.lstat().st_blocks * 512 for path in self.folder.rglob("*")) if self.recorded else 0
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """Of what a stopped run has staged, remove all but files of these names."""
+        for path in [path for path in self.folder.rglob("*") if not path.is_dir() or path.is_symlink()]:
+            if path.relative_to(self.folder).as_posix() not in names:
+                disk.remove(path)
+
+    def refuse_unless_whole(self, sizes: Mapping[str, int]) -> None:
+        """Raise OSError if a file has not its size in bytes, whoever wrote to it."""
+        for name, size in sizes.items():
+            if (there := (self.folder / name).lstat().st_size) != size:
+                raise OSError(errno.EIO, f"{shown(name)} has {there:,} bytes, where {size:,} were written")
 
     def _place(self, name: str) -> Path:
-        """The path of a new file."""
         self._refuse_if_removed()
-        path = self.folder / name
-        _make_folders(path.parent)
-        return path
+        return super()._place(name)
 
     def _refuse_if_removed(self) -> None:
         """Somebody may have taken the folder away: it is not made anew, with a part in it, nor is another's used."""
@@ -231,7 +314,11 @@ class Staging:
 
 @contextmanager
 def staged(
-    target: Path, size: int, spared: Callable[[Staging], int] | None = None, part_of: Staging | None = None
+    target: Path,
+    size: int,
+    spared: Callable[[Staging], int] | None = None,
+    part_of: Staging | None = None,
+    run: str | None = None,
 ) -> Iterator[Staging]:
     """A staging folder beside a target, on the same file system; it is gone at the end, whatever happens.
 
@@ -240,6 +327,7 @@ def staged(
         size: Of all of it, in bytes; refused at once where the file system says that it has less.
         spared: How many bytes of it will take no room, asked if there is too little.
         part_of: The staged output that it is published with.
+        run: As of ``Staging``: what is staged then stays if the run fails.
 
     Raises:
         UsageError: if another run is at work on the target.
@@ -251,12 +339,12 @@ def staged(
             _make_folders(target.parent)
         except (FileExistsError, NotADirectoryError):
             raise UsageError(f"{label}: a part of the path is a file, not a folder") from None
-        staging = Staging(target, part_of)
+        staging = Staging(target, part_of, run)
     try:
         space = os.statvfs(target.parent)
         is_known = space.f_blocks > 0  # of a file system without a limit, none is
         if is_known and size > (available := space.f_bavail * space.f_frsize):
-            size -= spared(staging) if spared is not None else 0
+            size -= (spared(staging) if spared is not None else 0) + staging.held()
         if is_known and size > available:
             raise SystemFailure(f"{label}: needs {size:,} bytes, but the file system has {available:,} left")
         yield staging

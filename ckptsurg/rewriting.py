@@ -5,26 +5,32 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from .checkpoints import Checkpoint
+from .claiming import journal_beside
 from .config import CONFIG_NAME
+from .copying import Amounts
+from .dealing import deal
 from .describing import base_files
 from .errors import UsageError, system_failures
 from .grafting import grafted
+from .journal import Journal
 from .layout import Layout, lay_out
-from .manifest import MANIFEST_NAME, Manifest, SpecIdentity, TensorRecord, is_file_output, manifest_path
+from .manifest import MANIFEST_NAME, BaseFile, Manifest, SpecIdentity, TensorRecord, is_file_output, manifest_path
 from .metering import Meter, Progress
 from .plans import Plan
-from .publishing import Staging, staged
+from .publishing import Room, Staging, staged
+from .ranks import ALONE, Ranks
 from .spec import Spec
 from .targets import refuse_target
-from .tensors import refuse_unstorable
+from .tensors import digest_of, refuse_unstorable
 from .wording import enumerate_names, shown
-from .writing import Writer
+from .writing import Work, Writer
 
 __all__ = ["Destination", "convert", "rewrite"]
 
@@ -70,8 +76,10 @@ def rewrite(
     donors: Mapping[str, Checkpoint] | None = None,
     algorithm: str = "blake3",
     inherited: Mapping[str, TensorRecord] | None = None,
+    resume: bool = False,
     jobs: int = 1,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Manifest:
     """Publish the output of a plan and its manifest, whole or not at all.
 
@@ -83,35 +91,47 @@ def rewrite(
         donors: The checkpoints that tensors are grafted from, by what the spec calls them.
         algorithm: Of the digests.
         inherited: Records of tensors whose digests need not be computed.
-        jobs: How many threads read, hash and write.
-        progress: Told how many bytes are written.
+        resume: Whether to go on with what a run of the same work has staged that was stopped, and to leave what is
+            staged if this one is.
+        jobs: How many threads of each rank read, hash and write.
+        progress: Told how many bytes of this rank's share are done.
+        ranks: Among which the work is dealt out; all of them have the same plan and base.
 
     Raises:
         SpecError: if a value that is to be drawn does not fit its dtype.
         UsageError: if the output exists or would touch the base, or a tensor has a dtype that safetensors lacks.
         CheckpointError: if the base turns out to be damaged, or changes meanwhile.
         SystemFailure: if the system fails.
+        PeerFailed: if another rank does.
     """
-    files = base_files(base, algorithm)
     given = donors or {}
+    sources = {"": base_files(base, algorithm), **{name: base_files(given[name], algorithm) for name in sorted(given)}}
     for donor in given.values():
         refuse_target(destination.out, destination.manifest_elsewhere, donor, overwrite=destination.overwrite)
-    base = grafted(base, plan, given)
-    writer = Writer(spec, plan, base, algorithm=algorithm, inherited=inherited or {}, jobs=jobs, link=destination.link)
-    with _written(writer, destination, progress) as staging:
-        for donor in given.values():
-            donor.refuse_if_changed()
-        manifest = Manifest.of(
-            writer.records,
-            spec=SpecIdentity(name=spec.name, digest=spec.digest(algorithm)),
-            base=files,
-            donors={name: base_files(donor, algorithm) for name, donor in sorted(given.items())},
-            dropped=[tensor.name for tensor in plan.tensors if tensor.action == "drop"],
-            algorithm=algorithm,
-        )
-        _publish(staging, manifest.to_bytes(), destination)
-    _log.info("%s", writer.amounts)
-    return manifest
+    whole = grafted(base, plan, given)
+    writer = Writer(spec, plan, whole, algorithm=algorithm, inherited=inherited or {}, jobs=jobs, link=destination.link)
+    layout = _laid_out(writer, destination)
+    times = [(file.status.st_size, file.status.st_mtime_ns) for one in (base, *given.values()) for file in one.files]
+    run = _identity(spec, sources, times, layout, algorithm)
+    with _staged(writer, layout, destination, run if resume else None, ranks) as (staging, works, room):
+        journal = Journal(journal_beside(room.folder, ranks.rank), run)
+        records = _write(writer, works, room, journal, [whole, *given.values()], progress, ranks)
+
+        def publish() -> Manifest:
+            assert staging is not None
+            _write_others(staging, layout, whole, destination)
+            manifest = Manifest.of(
+                records,
+                spec=SpecIdentity(name=spec.name, digest=spec.digest(algorithm)),
+                base=sources.pop(""),
+                donors=sources,
+                dropped=[tensor.name for tensor in plan.tensors if tensor.action == "drop"],
+                algorithm=algorithm,
+            )
+            _publish(staging, manifest.to_bytes(), destination)
+            return manifest
+
+        return ranks.share(publish)
 
 
 def convert(
@@ -122,31 +142,118 @@ def convert(
     if is_file_output(destination.out) and os.path.lexists(beside):
         raise UsageError(f"{shown(beside)}: a manifest that would speak for the output; move it, or call OUT otherwise")
     writer = Writer(Spec(version=1), plan, base, algorithm=None, inherited={}, jobs=jobs, link=destination.link)
-    with _written(writer, destination, progress) as staging:
+    layout = _laid_out(writer, destination)
+    with _staged(writer, layout, destination, None, ALONE) as (staging, works, room):
+        assert staging is not None
+        _write(writer, works, room, None, [base], progress, ALONE)
+        _write_others(staging, layout, base, destination)
         _publish_weights(staging, destination)
-    _log.info("%s", writer.amounts)
 
 
-@contextmanager
-def _written(writer: Writer, destination: Destination, progress: Progress | None) -> Iterator[Staging]:
-    """Everything that an output holds but for its manifest, staged; made of a base that is still what it was."""
-    base, out, others = writer.base, destination.out, destination.others
+def _laid_out(writer: Writer, destination: Destination) -> Layout:
+    """Where everything goes, unless it may not go there."""
+    base, out = writer.base, destination.out
     base.refuse_if_closed()
     with system_failures(shown(out)):
         refuse_target(out, destination.manifest_elsewhere, base, overwrite=destination.overwrite)
-        beside_weights = sum(path.stat().st_size for path in others.values())
     output = writer.plan.output
     refuse_unstorable(base.label, {tensor.output_name: tensor.info for tensor in output})
     single = out.name if is_file_output(out) else None
-    layout = lay_out(output, base, single=single, max_shard_size=destination.max_shard_size)
-    for warning in layout.warnings:
-        _log.warning("%s", warning)
-    with staged(out, layout.size + beside_weights, lambda staging: writer.spared(layout.files, staging)) as staging:
-        writer.write(layout.files, staging, Meter(layout.size, progress))
-        if single is None:
-            _write_others(staging, layout, base, others, destination.config)
-        base.refuse_if_changed()
-        yield staging
+    return lay_out(output, base, single=single, max_shard_size=destination.max_shard_size)
+
+
+def _identity(
+    spec: Spec,
+    sources: Mapping[str, Sequence[BaseFile]],
+    times: Sequence[tuple[int, int]],
+    layout: Layout,
+    algorithm: str,
+) -> str:
+    """What a run makes of what: two of one identity bring the same bytes to the same places."""
+    made_of = {name: [file.model_dump() for file in files] for name, files in sources.items()}
+    headers = [(file.name, digest_of([file.header], algorithm)) for file in layout.files]
+    said = [version("ckptsurg"), spec.digest(algorithm), made_of, times, headers]
+    return digest_of([json.dumps(said).encode()], algorithm)
+
+
+@contextmanager
+def _staged(
+    writer: Writer, layout: Layout, destination: Destination, run: str | None, ranks: Ranks
+) -> Iterator[tuple[Staging | None, Sequence[Work], Room]]:
+    """The staging folder, which the first rank alone has; what this rank does; and the room it does it in."""
+    can_be_cut = writer.cuttable() if ranks.size > 1 else ()
+    share = deal(layout.files, ranks.size, can_be_cut).shares[ranks.rank]
+    with ExitStack() as stack:
+        staging: Staging | None = None
+
+        def stage() -> tuple[Path, set[str], Mapping[str, str], bool]:
+            nonlocal staging
+            for warning in layout.warnings:
+                _log.warning("%s", warning)
+            out = destination.out
+            with system_failures(shown(out)):
+                size = layout.size + sum(path.stat().st_size for path in destination.others.values())
+            there = staged(out, size, lambda staging: writer.spared(layout.files, staging), run=run)
+            staging = stack.enter_context(there)
+            if staging.recorded:
+                staging.keep_only({file.name for file in layout.files})
+            linked = writer.link(layout.files, staging)
+            is_shared = ranks.size > 1 or bool(staging.recorded)
+            for file in layout.files if is_shared else ():
+                if file.name not in linked:
+                    staging.make_room(file.name, file.size)
+            return staging.folder, linked, staging.recorded, is_shared
+
+        folder, linked, recorded, is_shared = ranks.share(stage)
+        works = [
+            Work(
+                file,
+                share[file.name],
+                is_alone=not is_shared,
+                is_linked=file.name in linked,
+                recorded={
+                    one.output_name: recorded[one.output_name] for one in file.tensors if one.output_name in recorded
+                }
+                if recorded
+                else {},
+            )
+            for file in layout.files
+            if file.name in share
+        ]
+        room = stack.enter_context(closing(Room(folder))) if staging is None else staging
+        yield staging, works, room
+
+
+def _write(
+    writer: Writer,
+    works: Sequence[Work],
+    room: Room,
+    journal: Journal | None,
+    sources: Sequence[Checkpoint],
+    progress: Progress | None,
+    ranks: Ranks,
+) -> Mapping[str, TensorRecord]:
+    """Everything that an output holds but for its manifest and its other files, of sources that are what they were.
+
+    Returns:
+        On the first rank, the records of all tensors.
+    """
+
+    def write() -> tuple[Mapping[str, TensorRecord], Amounts]:
+        meter = Meter(sum(len(work.span) for work in works), ranks.watched(progress))
+        writer.write(works, room, meter, journal)
+        for source in sources:
+            source.refuse_if_changed()
+        return writer.records, writer.amounts
+
+    records: dict[str, TensorRecord] = {}
+    total = Amounts()
+    for written, amounts in ranks.gather(write):
+        records.update(written)
+        total.update(amounts)
+    if ranks.rank == 0:
+        _log.info("%s", total)
+    return records
 
 
 def _publish(staging: Staging, content: bytes, destination: Destination) -> None:
@@ -179,9 +286,12 @@ def _publish_weights(staging: Staging, destination: Destination) -> None:
         staging.publish_folder(destination.out, overwrite=destination.overwrite)
 
 
-def _write_others(
-    staging: Staging, layout: Layout, base: Checkpoint, others: Mapping[str, Path], config: bytes | None
-) -> None:
+def _write_others(staging: Staging, layout: Layout, base: Checkpoint, destination: Destination) -> None:
+    """The files of a folder that are not of weights."""
+    staging.refuse_unless_whole({file.name: file.size for file in layout.files})
+    if is_file_output(destination.out):
+        return
+    others, config = destination.others, destination.config
     written = {file.name for file in layout.files} | ({layout.index} if layout.index else set())
     if clashing := sorted(written & set(others)):
         _log.warning("not brought along, the output has files of that name: %s", enumerate_names(clashing))

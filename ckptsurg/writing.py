@@ -3,25 +3,60 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 from .checkpoints import Checkpoint, Extent, StoredFile
-from .copying import Amounts, Target, outside
+from .copying import Amounts, Target, outside, within
 from .describing import Recorder, inherit
+from .journal import Journal
 from .layout import OutputFile
 from .making import Slot, made
 from .manifest import TensorRecord
 from .metering import Meter
 from .parallel import Segment, run
 from .plans import Plan, PlannedTensor
-from .publishing import Staging
+from .publishing import Room, Staging
 from .reading import Reading, digest_threads, segments
 from .spec import Spec
 from .wording import shown
 
-__all__ = ["Writer"]
+__all__ = ["Work", "Writer"]
 
 _log = logging.getLogger("ckptsurg")
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is done of a file by one rank.
+
+    Attributes:
+        file: The file.
+        span: The range of its bytes that is brought.
+        is_alone: Whether the file is not there yet, and no other rank has a part of it.
+        is_linked: Whether it is a further name of the base's by now, so that its tensors are only read.
+        recorded: Digests of its tensors that a stopped run may have brought to their places, by name in the output.
+    """
+
+    file: OutputFile
+    span: range
+    is_alone: bool = True
+    is_linked: bool = False
+    recorded: Mapping[str, str] = field(default_factory=dict)
+
+    def own(self) -> Iterator[tuple[PlannedTensor, int]]:
+        """The tensors that the span has a part of, or that are recorded here, each with its offset in the file."""
+        position = len(self.file.header)
+        for tensor in self.file.tensors:
+            end = position + tensor.info.nbytes
+            if self.records(end) or within(range(position, end), self.span):
+                yield tensor, position
+            position = end
+
+    def records(self, end: int) -> bool:
+        """Whether a tensor is recorded here that ends at an offset: its last byte is in the span."""
+        return self.span.start < end <= self.span.stop
 
 
 class Writer:
@@ -59,9 +94,33 @@ class Writer:
         self._jobs = jobs if base.source is None else 1
         self._link = link
         self._total = 0
+        self._journal: Journal | None = None
 
-    def write(self, files: Sequence[OutputFile], staging: Staging, meter: Meter) -> None:
-        """Write files; they are on disk at the end.
+    def link(self, files: Iterable[OutputFile], staging: Staging) -> set[str]:
+        """Make files that stay as they are further names of the base's, where they can be; the names of those."""
+        linked = set()
+        for file in files if self._link else ():
+            if file.untouched is None:
+                continue
+            obstacle = staging.link(file.name, self.base.path_of(file.untouched), file.untouched)
+            if obstacle is None:
+                linked.add(file.name)
+            else:
+                _log.warning("%s: cannot be linked to the base (%s)", shown(file.name), obstacle)
+        return linked
+
+    def cuttable(self) -> set[str]:
+        """Names, in the output, of tensors of which a part can be brought without the rest."""
+        return {one.output_name for one in self.plan.output if one.is_copied and one.name in self.base.extents}
+
+    def write(self, works: Sequence[Work], room: Room, meter: Meter, journal: Journal | None = None) -> None:
+        """Write files, or parts of them; they are on disk at the end.
+
+        Args:
+            works: What is to be done.
+            room: Where.
+            meter: Told how many bytes are done.
+            journal: Told which tensors are in their places.
 
         Raises:
             SpecError: if a value that is to be drawn does not fit its dtype.
@@ -70,10 +129,48 @@ class Writer:
             OSError: if the system fails.
         """
         targets: list[Target] = []
-        self._total = sum(file.size for file in files)
-        run(self._segments(files, staging, targets, meter), self._jobs, meter)
+        self._total = sum(len(work.span) for work in works)
+        self._journal = journal
+        kept = self._kept(works, room, meter)
+        run(self._segments(works, kept, room, targets, meter), self._jobs, meter)
         for target in targets:
             self.amounts.update(target.amounts)
+
+    # --- What a stopped run has left
+
+    def _kept(self, works: Sequence[Work], room: Room, meter: Meter) -> set[str]:
+        """The tensors that a stopped run has brought to their places: read, and found to have their digests."""
+        if self._algorithm is None:
+            return set()
+        found: dict[str, TensorRecord] = {}
+        readings, opened = [], []
+        for work in works:
+            if not work.recorded or (staged := room.read(work.file.name)) is None:
+                continue
+            opened.append(staged)
+            for tensor, position in work.own():
+                whole = range(position, position + tensor.info.nbytes)
+                if tensor.output_name in work.recorded and within(whole, work.span) == whole:
+                    recorder = Recorder(tensor, self._algorithm, found.__setitem__, self._threads(tensor))
+                    readings.append(Reading(Extent(staged, position, len(whole)), recorder))
+        try:
+            run(segments(readings, "what was staged", self._jobs), self._jobs, meter)
+        finally:
+            for staged in opened:
+                staged.close()
+        recorded = {name: digest for work in works for name, digest in work.recorded.items()}
+        kept = {name: record for name, record in found.items() if record.digest == recorded[name]}
+        for name, record in kept.items():
+            self._keep(name, record)
+        self.amounts["kept"] += sum(record.info.nbytes for record in kept.values())
+        return set(kept)
+
+    def _keep(self, name: str, record: TensorRecord) -> None:
+        self.records[name] = record
+        if self._journal is not None:
+            self._journal.add(name, record.digest, record.info.nbytes)
+
+    # --- Room
 
     def spared(self, files: Iterable[OutputFile], staging: Staging) -> int:
         """How many bytes of files take no room of their own: those of links, and of shared blocks."""
@@ -91,30 +188,33 @@ class Writer:
         return extent.length if extent is not None and shares[extent.file] else 0
 
     def _segments(
-        self, files: Sequence[OutputFile], staging: Staging, targets: list[Target], meter: Meter
+        self, works: Sequence[Work], kept: Set[str], room: Room, targets: list[Target], meter: Meter
     ) -> Iterator[Segment]:
-        for file in files:
-            if self._link and file.untouched is not None:
-                obstacle = staging.link(file.name, self.base.path_of(file.untouched), file.untouched)
-                if obstacle is None:
-                    self.amounts["linked"] += file.size
-                    yield from self._linked(file, meter)
-                    continue
-                _log.warning("%s: cannot be linked to the base (%s)", shown(file.name), obstacle)
-            target = staging.create(file.name, file.size)
+        for work in works:
+            if work.is_linked:
+                self.amounts["linked"] += len(work.span)
+                yield from self._linked(work, meter)
+                continue
+            missing = len(work.span) - sum(tensor.info.nbytes for tensor, _ in work.own() if tensor.output_name in kept)
+            if work.is_alone:
+                target = room.create(work.file.name, work.file.size)
+            else:
+                target = room.reopen(work.file.name, work.file.size, missing)
             targets.append(target)
-            yield from self._written(file, target, meter)
+            yield from self._written(work, kept, target, meter)
 
-    def _written(self, file: OutputFile, target: Target, meter: Meter) -> Iterator[Segment]:
+    def _written(self, work: Work, kept: Set[str], target: Target, meter: Meter) -> Iterator[Segment]:
+        file, span = work.file, work.span
+        own = [(tensor, position) for tensor, position in work.own() if tensor.output_name not in kept]
         shared = range(0)
-        if file.untouched is not None:
-            shared = target.share(file.untouched, 0, file.size, 0)
-        position = len(file.header)
-        for part in outside(range(position), shared):
+        if file.untouched is not None and kept.isdisjoint(tensor.output_name for tensor in file.tensors):
+            shared = target.share(file.untouched, span.start, len(span), span.start)
+        header = within(range(len(file.header)), span)
+        for part in outside(header, shared):
             target.write(file.header[part.start : part.stop], part.start)
-        meter.advance(position)
+        meter.advance(len(header))
         copied: list[tuple[Sequence[PlannedTensor], Extent, int]] = []
-        for together in _runs(file.tensors, self.base.extents):
+        for together, position in _runs(own, self.base.extents):
             first, size = together[0], sum(tensor.info.nbytes for tensor in together)
             extent = self.base.extents.get(first.name)
             if first.is_copied and extent is not None:
@@ -123,9 +223,8 @@ class Writer:
                 # First, so that some draw while others wait for the disk.
                 slot = Slot(target, position, self._consumer(first), meter)
                 yield made(first, self.base, self.plan.seed, self._spec.label, slot)
-            position += size
         for tensors, extent, start in copied:
-            yield from self._copied(tensors, extent, target, start, shared, meter)
+            yield from self._copied(tensors, extent, target, start, work, shared, meter)
 
     def _consumer(self, tensor: PlannedTensor) -> Recorder | None:
         """Who makes the record of a tensor out of its bytes; None where they need not be known."""
@@ -134,14 +233,16 @@ class Writer:
         if tensor.action == "copy" and (record := inherit(tensor, self._inherited)) is not None:
             self.records[tensor.output_name] = record
             return None
-        threads = digest_threads(tensor.info.nbytes, self._total, self._jobs) if self.base.source is None else None
-        return Recorder(tensor, self._algorithm, self.records, threads)
+        return Recorder(tensor, self._algorithm, self._keep, self._threads(tensor))
+
+    def _threads(self, tensor: PlannedTensor) -> int | None:
+        return digest_threads(tensor.info.nbytes, self._total, self._jobs) if self.base.source is None else None
 
     # --- Copied --------------------------------------------------------------------------------------
 
-    def _linked(self, file: OutputFile, meter: Meter) -> Iterator[Segment]:
-        meter.advance(len(file.header))
-        readings = self._readings(file.tensors, range(file.size), meter)
+    def _linked(self, work: Work, meter: Meter) -> Iterator[Segment]:
+        meter.advance(len(within(range(len(work.file.header)), work.span)))
+        readings = self._readings(work.own(), work, range(work.file.size), meter)
         return segments(readings, self.base.label, self._jobs)
 
     def _copied(
@@ -150,45 +251,59 @@ class Writer:
         extent: Extent,
         target: Target,
         position: int,
+        work: Work,
         shared: range,
         meter: Meter,
     ) -> Iterator[Segment]:
         """Tensors that lie side by side, as one range."""
-        shared = shared or target.share(extent.file, extent.offset, extent.length, position)
         shift = position - extent.offset
+        own = within(range(position, position + extent.length), work.span)
+        shared = shared or target.share(extent.file, own.start - shift, len(own), own.start)
 
         def write(view: memoryview, offset: int) -> None:
-            span = range(offset + shift, offset + shift + len(view))
+            span = within(range(offset + shift, offset + shift + len(view)), own)
             for part in outside(span, shared):
-                target.write(view[part.start - span.start : part.stop - span.start], part.start, "copied")
+                start = part.start - offset - shift
+                target.write(view[start : start + len(part)], part.start, "copied")
 
-        readings = self._readings(tensors, range(shared.start - shift, shared.stop - shift), meter)
-        return segments(readings, self.base.label, self._jobs, write)
+        placed = zip(tensors, accumulate((one.info.nbytes for one in tensors), initial=position), strict=False)
+        return segments(self._readings(placed, work, shared, meter), self.base.label, self._jobs, write)
 
-    def _readings(self, tensors: Iterable[PlannedTensor], shared: range, meter: Meter) -> Iterator[Reading]:
-        """What must be read of tensors: all of those that are hashed, of others what is not shared."""
-        for tensor in tensors:
-            extent, consumer = self.base.extents[tensor.name], self._consumer(tensor)
+    def _readings(
+        self, placed: Iterable[tuple[PlannedTensor, int]], work: Work, shared: range, meter: Meter
+    ) -> Iterator[Reading]:
+        """What must be read of tensors: all of those that are hashed here, of others what is not shared."""
+        for tensor, position in placed:
+            extent = self.base.extents[tensor.name]
+            consumer = self._consumer(tensor) if work.records(position + extent.length) else None
             if consumer is not None:
                 yield Reading(extent, consumer)
                 continue
-            parts = list(outside(range(extent.offset, extent.offset + extent.length), shared))
-            meter.advance(extent.length - sum(map(len, parts)))
+            whole = within(range(position, position + extent.length), work.span)
+            parts = list(outside(whole, shared))
+            meter.advance(len(whole) - sum(map(len, parts)))
             for part in parts:
-                yield Reading(Extent(extent.file, part.start, len(part)))
+                yield Reading(extent.part(part.start - position, part.stop - position))
 
 
-def _runs(tensors: Iterable[PlannedTensor], extents: Mapping[str, Extent]) -> Iterator[list[PlannedTensor]]:
-    """Tensors in their order: copied ones together that lie side by side in the base, every other one by itself."""
+def _runs(
+    placed: Iterable[tuple[PlannedTensor, int]], extents: Mapping[str, Extent]
+) -> Iterator[tuple[list[PlannedTensor], int]]:
+    """Tensors in their order, and where the first goes of those that are brought together.
+
+    Copied ones are that lie side by side in the base and in the output; every other one is by itself.
+    """
     together: list[PlannedTensor] = []
+    start = end = 0
     last: Extent | None = None
-    for tensor in tensors:
+    for tensor, position in placed:
         extent = extents.get(tensor.name) if tensor.is_copied else None
         goes_on = extent and last and extent.file is last.file and extent.offset == last.offset + last.length
-        if together and not goes_on:
-            yield together
+        if together and not (goes_on and position == end):
+            yield together, start
             together = []
+        start = start if together else position
         together.append(tensor)
-        last = extent
+        last, end = extent, position + tensor.info.nbytes
     if together:
-        yield together
+        yield together, start

@@ -17,6 +17,11 @@ _MADE_BY = {
 _IMAGE_BYTES = 400 << 20
 
 
+def as_root() -> list[str]:
+    """What comes before a command that only root may give."""
+    return [] if os.geteuid() == 0 else ["sudo", "-n"]
+
+
 @contextmanager
 def mounted(folder: Path, kind: str, options: str = "size=400m") -> Iterator[Path]:
     """A new file system.
@@ -28,7 +33,6 @@ def mounted(folder: Path, kind: str, options: str = "size=400m") -> Iterator[Pat
         options: Of one in memory.
     """
     folder.mkdir()
-    as_root = [] if os.geteuid() == 0 else ["sudo", "-n"]
     with ExitStack() as stack:
         if kind == "tmpfs":
             source = ["-t", kind, "-o", options, "none"]
@@ -46,7 +50,7 @@ def mounted(folder: Path, kind: str, options: str = "size=400m") -> Iterator[Pat
                 file.truncate(_IMAGE_BYTES)
             subprocess.run([*_MADE_BY[kind], image], check=True)
             source = ["-o", "loop", str(image)]
-        subprocess.run([*as_root, "mount", *source, folder], check=True)
-        stack.callback(subprocess.run, [*as_root, "umount", folder], check=True)
-        subprocess.run([*as_root, "chmod", "777", folder], check=True)
+        subprocess.run([*as_root(), "mount", *source, folder], check=True)
+        stack.callback(subprocess.run, [*as_root(), "umount", folder], check=True)
+        subprocess.run([*as_root(), "chmod", "777", folder], check=True)
         yield folder

@@ -112,6 +112,7 @@ def plan(
 @keep_other_weights_option
 @link_option
 @trust_base_manifest_option
+@click.option("--resume", is_flag=True, help="Go on where a run that was stopped left off; if stopped, leave it so.")
 @jobs_option
 @model_option
 @json_option
@@ -127,6 +128,7 @@ def rewrite(
     keep_other_weights: bool,
     link: bool,
     trust_base_manifest: bool,
+    resume: bool,
     jobs: int | None,
     model: str | None,
     as_json: bool,
@@ -134,12 +136,14 @@ def rewrite(
     """Publish the checkpoint that a spec describes, and its manifest.
 
     SPEC may also be a plan that `plan -o` has kept: it is carried out as it is, on the same CKPT, or not at all.
+    Started by torchrun, as `torchrun ... -m ckptsurg rewrite ...`, the work is dealt out to all its processes.
     """
     from ..api import rewrite
     from ..coercing import as_donors, opened_with
     from . import rendering
+    from .launched import launched
 
-    with opened_with(model, ckpt) as [base], rendering.progress("rewrite") as advance:
+    with launched() as ranks, opened_with(model, ckpt) as [base], rendering.progress("rewrite") as advance:
         result = rewrite(
             spec,
             base,
@@ -152,9 +156,13 @@ def rewrite(
             keep_other_weights=keep_other_weights,
             link=link,
             trust_base_manifest=trust_base_manifest,
+            resume=resume,
             jobs=jobs,
-            progress=advance,
+            progress=advance if ranks.rank == 0 else None,
+            group=ranks,
         )
+    if ranks.rank != 0:
+        return
     if as_json:
         print_document(result)
     else:

@@ -1,0 +1,150 @@
+"""Processes that rewrite together, one of which may be killed at any moment: forked from one that has imported torch.
+
+A line of JSON on standard input is a run, and a line on standard output how it ended; see ``Zygote``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+#: Functions of ``disk`` at each call of which a run may be stopped, and the one by which bytes are read.
+MOMENTS = (
+    "append", "clone_range", "create", "flush", "flush_folder", "make_folder", "make_room", "move", "reopen",
+    "write_all",
+)  # fmt: skip
+
+
+class Zygote:
+    """A process that has imported what runs need, and forks for each of them."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "tests.rank_worlds"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(self, ranks: int, kill: tuple[int, int] | None = None, **arguments: Any) -> list[dict[str, Any]]:
+        """Rewrite in so many processes.
+
+        Args:
+            ranks: How many.
+            kill: Which rank is killed, and before the how manieth of its moments, from 0; None for none.
+            arguments: Of ``ckptsurg.rewrite``.
+
+        Returns:
+            Of each rank its exit code, negative the signal; how many moments it had; what it said.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"ranks": ranks, "kill": kill, "arguments": arguments}) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.communicate(timeout=30)
+
+
+def _serve() -> None:
+    import torch.distributed  # noqa: F401 - once, for all runs
+
+    from ckptsurg import journal, rewriting  # noqa: F401 - likewise
+    from ckptsurg.ranks import process_group  # noqa: F401 - likewise
+
+    journal._SAID_EVERY = 1 << 10  # checkpoints are small here
+    for line in sys.stdin:
+        sys.stdout.write(json.dumps(_forked(**json.loads(line))) + "\n")
+        sys.stdout.flush()
+
+
+def _forked(ranks: int, kill: list[int] | None, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(ranks):
+        receiving, sending = os.pipe()
+        if (child := os.fork()) == 0:
+            os.close(receiving)
+            moment = kill[1] if kill is not None and kill[0] == rank else None
+            _rank(rank, ranks, port, moment, arguments, sending)
+        os.close(sending)
+        children.append((child, receiving))
+    ended = []
+    for child, receiving in children:
+        with open(receiving) as pipe:  # noqa: PTH123 - of a descriptor
+            said = pipe.read()
+        _, status = os.waitpid(child, 0)
+        ended.append({"code": os.waitstatus_to_exitcode(status), "moments": 0, "said": "", **json.loads(said or "{}")})
+    return ended
+
+
+def _rank(rank: int, ranks: int, port: int, moment: int | None, arguments: dict[str, Any], sending: int) -> None:
+    import torch.distributed as dist
+
+    import ckptsurg
+
+    count, code, said = _counted(moment), 0, []
+    logging.getLogger("ckptsurg").addHandler(_Listing(said))
+    logging.getLogger("ckptsurg").setLevel(logging.INFO)
+    try:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+        ckptsurg.rewrite(**arguments, group=dist.group.WORLD)
+    except ckptsurg.CkptsurgError as error:
+        code = error.exit_code
+        said.append(f"{type(error).__name__}: {error}")
+    except BaseException as error:
+        code = 99
+        said.append(repr(error))
+    os.write(sending, json.dumps({"moments": count(), "said": "\n".join(said)}).encode())
+    os._exit(code)
+
+
+class _Listing(logging.Handler):
+    def __init__(self, said: list[str]) -> None:
+        super().__init__()
+        self._said = said
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._said.append(record.getMessage())
+
+
+def _counted(moment: int | None) -> Callable[[], int]:
+    """Count moments from now on, and be killed at one; how many there were."""
+    from ckptsurg import disk
+    from ckptsurg.checkpoints import StoredFile
+
+    seen = 0
+
+    def counting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any) -> Any:
+            nonlocal seen
+            if seen == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            seen += 1
+            return function(*arguments)
+
+        return counted
+
+    for name in MOMENTS:
+        setattr(disk, name, counting(getattr(disk, name)))
+    StoredFile.fill = counting(StoredFile.fill)
+    return lambda: seen
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of a folder."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,198 @@
+"""Rewriting in several processes: the same bytes as in one, nothing published where one fails, and going on later."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import ckptsurg
+
+from .rank_worlds import Zygote, contents
+
+LAYERS, WIDTH = 6, 64
+SPEC = {
+    "version": 1,
+    "drop": {"match": "model.layers[2]", "renumber": True},
+    "freeze": ["**", "!embed", "!model.layers[1].q"],
+    "cast": [{"match": "**.norm.weight", "dtype": "BF16"}],
+    "reinit": [{"match": "model.layers[1].q", "init": {"normal": {"std": 0.02}}}],
+    "add": [{"name": "head.weight", "shape": [10, WIDTH], "dtype": "F32", "init": "xavier_uniform"}],
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A sharded folder, one tensor of which is larger than all others together."""
+    folder = tmp_path_factory.mktemp("ranks") / "base"
+    folder.mkdir()
+    torch.manual_seed(0)
+    places = {}
+    for shard in range(3):
+        tensors = {
+            f"model.layers.{number}.{kind}.weight": torch.randn(WIDTH, WIDTH)
+            for number in range(2 * shard, 2 * shard + 2)
+            for kind in "qkvo"
+        }
+        tensors |= {
+            f"model.layers.{number}.norm.weight": torch.ones(WIDTH) for number in range(2 * shard, 2 * shard + 2)
+        }
+        if shard == 1:
+            tensors["embed.weight"] = torch.randn(3000, WIDTH)
+        name = f"model-{shard + 1:05d}-of-00003.safetensors"
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, name)
+    total = sum(path.stat().st_size for path in folder.iterdir())
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text('{"num_hidden_layers": 6}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(base) -> dict[str, bytes]:
+    """What one process makes of it."""
+    ckptsurg.rewrite(SPEC, base, base.parent / "one")
+    return contents(base.parent / "one")
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    zygote = Zygote()
+    yield zygote
+    zygote.close()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
+def test_the_output_is_that_of_one_process(zygote, base, expected, tmp_path, ranks):
+    ended = zygote.run(ranks, spec=SPEC, ckpt=str(base), out=str(tmp_path / "out"))
+    assert [one["code"] for one in ended] == [0] * ranks, ended
+    assert contents(tmp_path / "out") == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("options", [{"link": True}, {"max_shard_size": "200kB"}, {"digest": "sha256"}])
+def test_options_are_those_of_one_process(zygote, base, tmp_path, options):
+    spec = {"version": 1, "freeze": ["**", "!embed"], "drop": "model.layers[-1:].norm"}
+    ckptsurg.rewrite(spec, base, tmp_path / "one", **options)
+    ended = zygote.run(3, spec=spec, ckpt=str(base), out=str(tmp_path / "out"), **options)
+    assert [one["code"] for one in ended] == [0] * 3, ended
+    assert contents(tmp_path / "out") == contents(tmp_path / "one")
+
+
+def test_a_lone_file_is_written_by_all(zygote, base, tmp_path):
+    ckptsurg.rewrite(SPEC, base, tmp_path / "one.safetensors")
+    ended = zygote.run(4, spec=SPEC, ckpt=str(base), out=str(tmp_path / "out.safetensors"))
+    assert [one["code"] for one in ended] == [0] * 4, ended
+    for ending in (".safetensors", ".freeze.json"):
+        assert (tmp_path / f"out{ending}").read_bytes() == (tmp_path / f"one{ending}").read_bytes()
+
+
+def _moments(zygote: Zygote, base: Path, folder: Path, rank: int, count: int) -> list[int]:
+    """Moments of a rank in an undisturbed run, evenly apart, the first and the last among them."""
+    seen = zygote.run(2, spec=SPEC, ckpt=str(base), out=str(folder / "out"), resume=True)[rank]["moments"]
+    shutil.rmtree(folder / "out")
+    return [number * (seen - 1) // (count - 1) for number in range(count)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_killed_at_any_moment_nothing_is_published_and_resume_finishes(zygote, base, expected, tmp_path, rank):
+    kept = 0
+    for moment in _moments(zygote, base, tmp_path, rank, 20):
+        place = tmp_path / str(moment)
+        place.mkdir()
+        arguments = {"spec": SPEC, "ckpt": str(base), "out": str(place / "out"), "resume": True}
+        ended = zygote.run(2, (rank, moment), **arguments)
+        assert ended[rank]["code"] == -9
+        if (place / "out").exists():  # killed after it was published, when there was only cleaning up to do
+            assert contents(place / "out") == expected
+            arguments["overwrite"] = True
+        else:
+            assert ended[1 - rank]["code"] == 4, (moment, ended)
+            assert "another rank is lost" in ended[1 - rank]["said"]
+        again = zygote.run(2, **arguments)
+        assert [one["code"] for one in again] == [0, 0], again
+        kept += "kept" in again[0]["said"]
+        assert contents(place / "out") == expected
+        assert [path.name for path in place.iterdir()] == ["out"]
+        shutil.rmtree(place)
+    assert kept > 5
+
+
+def test_what_was_staged_is_read_before_it_is_kept(zygote, base, expected, tmp_path):
+    arguments = {"spec": SPEC, "ckpt": str(base), "out": str(tmp_path / "out"), "resume": True}
+    moments = zygote.run(2, **arguments)[1]["moments"]
+    shutil.rmtree(tmp_path / "out")
+    assert zygote.run(2, (1, moments - 3), **arguments)[1]["code"] == -9
+    staged = sorted((tmp_path / ".out.ckptsurg" / "output").glob("*.safetensors"))
+    assert list((tmp_path / ".out.ckptsurg").glob("journal-*"))
+    for path in staged:  # one bit in each 64 bytes, so in every tensor
+        raw = bytearray(path.read_bytes())
+        raw[::64] = bytes(byte ^ 1 for byte in raw[::64])
+        path.write_bytes(raw)
+    again = zygote.run(2, **arguments)
+    assert [one["code"] for one in again] == [0, 0], again
+    assert "kept" not in again[0]["said"]
+    assert contents(tmp_path / "out") == expected
+
+
+def test_one_process_goes_on_where_several_were_stopped(zygote, base, expected, tmp_path):
+    arguments = {"spec": SPEC, "ckpt": str(base), "out": str(tmp_path / "out"), "resume": True}
+    moments = zygote.run(3, **arguments)[2]["moments"]
+    shutil.rmtree(tmp_path / "out")
+    zygote.run(3, (2, moments - 3), **arguments)
+    again = zygote.run(1, **arguments)
+    assert "kept" in again[0]["said"]
+    assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("change", ["spec", "base"])
+def test_what_another_run_staged_is_not_kept(zygote, base, tmp_path, change):
+    mine = tmp_path / "base"
+    shutil.copytree(base, mine)
+    arguments = {"spec": SPEC, "ckpt": str(mine), "out": str(tmp_path / "out"), "resume": True}
+    moments = zygote.run(2, **arguments)[1]["moments"]
+    shutil.rmtree(tmp_path / "out")
+    zygote.run(2, (1, moments - 3), **arguments)
+    if change == "spec":
+        arguments["spec"] = {**SPEC, "seed": 1}
+    else:
+        for path in mine.glob("*.safetensors"):
+            raw = bytearray(path.read_bytes())
+            raw[-1] ^= 1
+            path.write_bytes(raw)
+    again = zygote.run(2, **arguments)
+    assert [one["code"] for one in again] == [0, 0], again
+    assert "kept" not in again[0]["said"]
+    ckptsurg.rewrite(arguments["spec"], mine, tmp_path / "one")
+    assert contents(tmp_path / "out") == contents(tmp_path / "one")
+
+
+def test_without_resume_what_a_stopped_run_left_is_taken_away(zygote, base, expected, tmp_path):
+    arguments = {"spec": SPEC, "ckpt": str(base), "out": str(tmp_path / "out")}
+    moments = zygote.run(2, **arguments)[0]["moments"]
+    shutil.rmtree(tmp_path / "out")
+    zygote.run(2, (0, moments // 2), **arguments)
+    assert (tmp_path / ".out.ckptsurg").exists()
+    again = zygote.run(2, **arguments)
+    assert [one["code"] for one in again] == [0, 0], again
+    assert "kept" not in again[0]["said"]
+    assert contents(tmp_path / "out") == expected
+
+
+def test_a_base_that_is_the_output_of_a_link_is_never_written_to(zygote, base, tmp_path):
+    """A stopped run may have left further names of the base's files: to go on without them, they are not written to."""
+    before = contents(base)
+    spec = {"version": 1, "freeze": ["**", "!embed"], "drop": "model.layers[-1:].norm"}
+    arguments = {"spec": spec, "ckpt": str(base), "out": str(tmp_path / "out"), "resume": True}
+    moments = zygote.run(2, **arguments, link=True)[1]["moments"]
+    shutil.rmtree(tmp_path / "out")
+    zygote.run(2, (1, moments - 3), **arguments, link=True)
+    again = zygote.run(2, **arguments)
+    assert [one["code"] for one in again] == [0, 0], again
+    assert contents(base) == before
