@@ -36,8 +36,9 @@ from .formats.adapter import AdapterOverBase
 from .wording import shown
 
 if TYPE_CHECKING:
+    from .dealing import Deal
     from .inspection import Inspection
-    from .manifest import BaseFile, Manifest, TensorRecord
+    from .manifest import Manifest, TensorRecord
     from .metering import Progress
     from .planning.explaining import Explanation
     from .plans import Plan
@@ -48,6 +49,7 @@ _log = logging.getLogger("ckptsurg")
 
 __all__ = [
     "convert",
+    "dealt",
     "explain",
     "inspect",
     "make_manifest",
@@ -109,6 +111,24 @@ def plan_with_spec(
         document = as_spec(spec, base, given)
         done = prepared(document, base, given)
         return document, done.reviewed(document, base, given) if reviewed else done.plan
+
+
+def dealt(plan: Plan, ckpt: TensorsLike, ranks: int, *, donors: Mapping[str, TensorsLike] | None = None) -> Deal:
+    """How the work on an output in the base's shards would be dealt out to processes. Only headers are read.
+
+    Args:
+        plan: The plan.
+        ckpt: The base that it was made for.
+        ranks: How many processes.
+        donors: As of ``plan``.
+
+    Raises:
+        UsageError, CheckpointError, SystemFailure: as ``plan``.
+    """
+    from . import rewriting
+
+    with checkpoint_of(ckpt) as base, donors_of(donors) as given:
+        return rewriting.dealt(plan, base, ranks, given)
 
 
 def explain(
@@ -240,25 +260,17 @@ def _opened_by_all(
         CheckpointError: if one is malformed.
         SystemFailure: if one cannot be read.
     """
-    from .describing import base_files
+    from .describing import identity
+    from .ranks import refuse_unlike
 
     opened: list[tuple[Checkpoint, Mapping[str, Checkpoint]]] = []
 
-    def open_all() -> dict[str, list[BaseFile]]:
+    def see() -> dict[str, object]:
         base, given = stack.enter_context(checkpoint_of(ckpt)), stack.enter_context(donors_of(donors))
         opened.append((base, given))
-        return {one.label: base_files(one, "blake3") for one in (base, *given.values())} if ranks.size > 1 else {}
+        return {one.label: identity(one) for one in (base, *given.values())} if ranks.size > 1 else {}
 
-    seen = ranks.gather(open_all)
-
-    def compare() -> None:
-        for rank, files in enumerate(seen):
-            for (label, first), other in zip(seen[0].items(), files.values(), strict=True):
-                if first != other:
-                    message = f"{label}: rank {rank} sees other files than rank 0, by their sizes or headers"
-                    raise UsageError(message, hint="all ranks need to see one checkpoint under one path")
-
-    ranks.share(compare)
+    refuse_unlike(ranks, see)
     return opened[0]
 
 

@@ -180,7 +180,7 @@ def _refuse_other(manifest: Manifest, output: Checkpoint, meter: Meter, jobs: in
     counterparts = Counterparts(manifest, output, {name: name for name in output.tensors})
     if others := counterparts.others():
         _refuse(output, f"it holds {enumerate_names(others)} besides")
-    if different := counterparts.differences(records, meter, jobs):
+    if different := counterparts.differences(records, counterparts.digests(records, meter, jobs)):
         _refuse(output, ", ".join(f"{shown(one.name)} ({one.verdict})" for one in different[:5]) + " differ")
 
 

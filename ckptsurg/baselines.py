@@ -7,9 +7,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NoReturn
 
 from .counterparts import Counterparts
+from .dealing import deal_out
 from .errors import UsageError
 from .manifest import Manifest, TensorRecord
 from .metering import Meter
+from .ranks import ALONE, Ranks
 from .reading import unequal
 from .report import Difference
 from .tensors import Buffer, TensorSource, algorithm_of, digest_of
@@ -46,13 +48,14 @@ class Baseline:
             hint="the baseline is the output that the manifest was published with",
         )
 
-    def equal(self, trained: Counterparts, meter: Meter, jobs: int) -> Collection[str]:
+    def equal(self, trained: Counterparts, meter: Meter, jobs: int, ranks: Ranks = ALONE) -> Collection[str]:
         """Which tensors lie in files with the bytes that they have here. A file says nothing of itself.
 
         Args:
             trained: What is compared.
             meter: Told how many bytes were compared.
             jobs: How many threads read.
+            ranks: Among which the tensors are dealt out.
         """
         there, here = trained.held_extents(self._frozen), self._published.held_extents(self._frozen)
         pairs = {
@@ -60,7 +63,11 @@ class Baseline:
             for name, extent in there.items()
             if name in here and not os.path.samestat(here[name].file.status, extent.file.status)
         }
-        return pairs.keys() - unequal(pairs, (trained.label, self._published.label), meter, jobs)
+        in_order = sorted(pairs, key=lambda name: (pairs[name][0].file.name, pairs[name][0].offset))
+        own = deal_out({name: pairs[name][0].length for name in in_order}, ranks.size)[ranks.rank]
+        labels = (trained.label, self._published.label)
+        found = ranks.gather(lambda: set(own) - unequal({name: pairs[name] for name in own}, labels, meter, jobs))
+        return ranks.share(lambda: set[str]().union(*found))
 
     def note(self, count: int) -> str | None:
         """What a report says of so many tensors that are equal."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["CAUSES", "Cause", "explained"]
+__all__ = ["CAUSES", "UNSETTLED", "Cause", "explained"]
+
+#: What stands for a cause that the evidence does not settle.
+UNSETTLED = "not settled"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
-from .patterns import CHILD_NUMBER, numbered_children
+from .patterns import CHILD_NUMBER, numbers_below, split_name
 from .tensors import TensorInfo
 from .wording import quoted, shown
 
-__all__ = ["disagreements"]
+__all__ = ["disagreements", "edits"]
 
 _BLOCKS = re.compile(r"(?:num_|n_)?(?:(?:hidden|encoder|decoder|text|vision)_)*(?:layers?|blocks)|depth")
 _EXPERTS = re.compile(r"(?:num_|n_)(?:local_|routed_)?experts|moe_num_experts")
@@ -28,6 +28,8 @@ _EMBEDDINGS = re.compile(
 _HEADS = re.compile(r"(?:^|[./])(?:lm_head|embed_out)\.weight$")
 #: The last part of a classifier, which has a row for each label.
 _LABELS = re.compile(r"(?:^|[./])(?:classifier|score|head|fc)(?:[./](?:[0-9]+|out_proj|out))*[./]weight$")
+#: How many blocks at the end of a stack predict further tokens; the number of layers leaves them out.
+_FURTHER = "num_nextn_predict_layers"
 _PLAIN = frozenset(("vocab_size", "num_hidden_layers", "num_layers", "n_layer"))
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel")
 #: How many labels a config.json means that says nothing of them.
@@ -59,11 +61,33 @@ class _Fact:
     is_experts: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Mismatch:
+    """A key that speaks of something else than the output's tensors show.
+
+    Attributes:
+        said: What config.json says, in words.
+        shown_by: What the tensors show, in words.
+        path: The key.
+        value: What it would have to be.
+    """
+
+    said: str
+    shown_by: str
+    path: str
+    value: Any
+
+    @property
+    def note(self) -> str:
+        return _note(self.said, self.shown_by, f"set: {{{shown(self.path)}: {shown(json.dumps(self.value), 4000)}}}")
+
+
 def disagreements(
     config: Mapping[str, Any],
     edited: Mapping[str, Any],
     base: Mapping[str, TensorInfo],
     output: Mapping[str, tuple[str, TensorInfo]],
+    dropped: Mapping[str, str] = MappingProxyType({}),
 ) -> list[str]:
     """What an edited config.json says of an output that its tensors do not show.
 
@@ -72,27 +96,45 @@ def disagreements(
         edited: The output's.
         base: The tensors of the base.
         output: Those of the output by name: each with the base's name of it, or an empty one, and dtype and shape.
+        dropped: The pattern that drops each tensor which the output does not have.
 
     Returns:
         A note on each, with the edit that would mend it.
     """
     infos = {name: info for name, (_, info) in output.items()}
-    before = _children(base)
-    stacks = list(_stacks(before, _children(old for old, _ in output.values())))
+    notes = [one.note for one in _mismatches(config, edited, base, output)]
+    gaps = _gaps(_children(base), infos, dropped)
+    return [*notes, *gaps, *_labels(edited, infos), *_ties(edited, infos, output)]
+
+
+def edits(
+    config: Mapping[str, Any], base: Mapping[str, TensorInfo], output: Mapping[str, tuple[str, TensorInfo]]
+) -> dict[str, Any]:
+    """What keys of config.json have to be that say how many blocks, experts or rows there are; arguments as above."""
+    return {one.path: one.value for one in _mismatches(config, config, base, output)}
+
+
+def _mismatches(
+    config: Mapping[str, Any],
+    edited: Mapping[str, Any],
+    base: Mapping[str, TensorInfo],
+    output: Mapping[str, tuple[str, TensorInfo]],
+) -> Iterator[_Mismatch]:
+    facts = list(_stacks(_children(base), _children(old for old, _ in output.values())))
+    blocks, further = _parts([fact for fact in facts if not fact.is_experts], config)
     facts_of = {
-        _BLOCKS: [fact for fact in stacks if not fact.is_experts],
-        _EXPERTS: [fact for fact in stacks if fact.is_experts],
+        _BLOCKS: blocks,
+        re.compile(_FURTHER): further,
+        _EXPERTS: [fact for fact in facts if fact.is_experts],
         _ROWS: list(_rows(base, output)),
     }
-    notes: list[str] = []
     for path, value in _entries(config):
         now = _at(edited, path)
         if type(value) is int and now is not _ABSENT:
-            facts = next((facts for keys, facts in facts_of.items() if keys.fullmatch(path[-1])), [])
-            notes += _number(".".join(path), value, now, facts)
+            meant = next((facts for keys, facts in facts_of.items() if keys.fullmatch(path[-1])), [])
+            yield from _number(".".join(path), value, now, meant)
         elif isinstance(value, list) and len(value) > 1 and now == value:
-            notes += _list(".".join(path), value, facts_of[_BLOCKS])
-    return [*notes, *_gaps(before, infos), *_labels(edited, infos), *_ties(edited, infos, output)]
+            yield from _list(".".join(path), value, facts_of[_BLOCKS])
 
 
 def _note(said: str, shown_by: str, edit: str) -> str:
@@ -134,14 +176,27 @@ def _stacks(before: _Children, after: _Children) -> Iterator[_Fact]:
         yield _Fact(what, len(numbers), len(kept), kept, is_experts)
 
 
+def _parts(stacks: Iterable[_Fact], config: Mapping[str, Any]) -> tuple[list[_Fact], list[_Fact]]:
+    """What the number of layers speaks of, and what that of blocks at the end does which it leaves out."""
+    blocks: list[_Fact] = []
+    further: list[_Fact] = []
+    counted = [
+        (_at(config, (*path[:-1], "num_hidden_layers")), n) for path, n in _entries(config) if path[-1] == _FURTHER
+    ]
+    for stack in stacks:
+        first = next((first for first, count in counted if type(count) is int and first == stack.before - count), None)
+        if first is None:
+            blocks.append(stack)
+            continue
+        kept = [place for place in stack.kept if place < first]
+        blocks.append(replace(stack, before=first, after=len(kept), kept=kept))
+        further.append(replace(stack, before=stack.before - first, after=stack.after - len(kept)))
+    return blocks, further
+
+
 def _children(names: Iterable[str]) -> _Children:
     """The numbered children of modules."""
-    found: dict[tuple[str, ...], set[int]] = defaultdict(set)
-    for name in names:
-        for above, number in numbered_children(name):
-            if above:
-                found[above].add(int(number))
-    return found
+    return {above: set(map(int, numbers)) for above, numbers in numbers_below(names).items() if above}
 
 
 def _rows(base: Mapping[str, TensorInfo], output: Mapping[str, tuple[str, TensorInfo]]) -> Iterator[_Fact]:
@@ -151,33 +206,35 @@ def _rows(base: Mapping[str, TensorInfo], output: Mapping[str, tuple[str, Tensor
             yield _Fact(f"{shown(name)} has {info.shape[0]:,} rows", base[old].shape[0], info.shape[0])
 
 
-def _number(path: str, value: int, now: Any, facts: Sequence[_Fact]) -> list[str]:
+def _number(path: str, value: int, now: Any, facts: Sequence[_Fact]) -> Iterator[_Mismatch]:
     meant = [fact for fact in facts if fact.before == value]
     if not meant and len(facts) == 1 and path in _PLAIN:
         meant = list(facts)  # nothing agreed in the base, and there is nothing else that it could speak of
-    if not meant or any(fact.after == now for fact in meant):
-        return []
-    return [_note(f"{shown(path)} {quoted(now)}", meant[0].what, f"set: {{{shown(path)}: {meant[0].after}}}")]
+    if meant and all(fact.after != now for fact in meant):
+        yield _Mismatch(f"{shown(path)} {quoted(now)}", meant[0].what, path, meant[0].after)
 
 
-def _list(path: str, value: Sequence[Any], stacks: Sequence[_Fact]) -> list[str]:
+def _list(path: str, value: Sequence[Any], stacks: Sequence[_Fact]) -> Iterator[_Mismatch]:
     """A list with an item for each block, such as ``layer_types``, goes on without those of blocks that are gone."""
     for fact in stacks:
         left = [value[place] for place in fact.kept if place < len(value)]
         if fact.before == len(value) > len(left):
-            edit = f"set: {{{shown(path)}: {shown(json.dumps(left), 4000)}}}"
-            return [_note(f"{shown(path)} of {len(value)} items", fact.what, edit)]
-    return []
+            yield _Mismatch(f"{shown(path)} of {len(value)} items", fact.what, path, left)
+            return
 
 
-def _gaps(before: _Children, output: Mapping[str, TensorInfo]) -> list[str]:
+def _gaps(before: _Children, output: Mapping[str, TensorInfo], dropped: Mapping[str, str]) -> list[str]:
     """Numbers that are missing: a model that is built of config.json counts its blocks from 0."""
     for above, numbers in _children(output).items():
         expected = range(len(numbers))
         if above in before and before[above] == set(range(len(before[above]))) and numbers != set(expected):
             missing = next(number for number in expected if number not in numbers)
             what = f"{shown('.'.join(above))} has no {missing}, and goes on to {max(numbers)}"
-            return [f"{what}: a model counts its blocks from 0; drop: {{match: ..., renumber: true}}"]
+            gone = (*above, str(missing))
+            by = (pattern for name, pattern in dropped.items() if tuple(split_name(name)[: len(gone)]) == gone)
+            pattern = quoted(next(by, "..."), 200)
+            why = "a model counts its blocks from 0, so that the folder does not load whole"
+            return [f"{what}: {why}; drop: {{match: {pattern}, renumber: true}}"]
     return []
 
 

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from .checkpoints import Extent, extents_of
+from .checkpoints import Checkpoint, Extent, extents_of
+from .dealing import deal_out
 from .manifest import Manifest, TensorRecord
 from .metering import Meter
+from .ranks import ALONE, Ranks
 from .reading import digests
 from .renaming import align
 from .report import Difference, Verdict
 from .tensors import Buffer, TensorInfo, TensorSource, algorithm_of, digest_of
 
-__all__ = ["Counterparts"]
+__all__ = ["Counterparts", "mismatched"]
 
 
 class Counterparts:
@@ -65,35 +67,94 @@ class Counterparts:
                 found[name] = extent.part(*record.held_span(info))
         return found
 
-    def differences(self, records: Mapping[str, TensorRecord], meter: Meter, jobs: int) -> list[Difference]:
-        """The tensors that have not the dtype, shape and bits that their records freeze, in the order of the records.
+    def digests(
+        self, records: Mapping[str, TensorRecord], meter: Meter, jobs: int, ranks: Ranks = ALONE
+    ) -> Mapping[str, str | None]:
+        """The digests of what records freeze, of tensors that have the room for it; known to the first rank alone.
+
+        That of a tensor in a wider dtype is of its values in the record's; of one in any other there is None.
 
         Args:
             records: What should hold.
             meter: Told how many bytes are read.
             jobs: How many threads hash what lies in files as it is; all else is hashed as it is read.
+            ranks: Among which the tensors are dealt out.
         """
         extents = self.held_extents(records)
-        wanted = {name: (extent, algorithm_of(records[name].digest)) for name, extent in extents.items()}
-        known = digests(wanted, self.label, meter, jobs)
-        found = (self._difference(name, record, known.get(name), meter) for name, record in records.items())
+        sizes = {
+            name: self.tensors[name].nbytes
+            for name in sorted(self.tensors.keys() & records.keys(), key=lambda name: self._place(name, extents))
+            if _has_room(self.tensors[name], records[name])
+        }
+        own = deal_out(sizes, ranks.size)[ranks.rank]
+
+        def made() -> dict[str, str | None]:
+            wanted = {name: (extents[name], algorithm_of(records[name].digest)) for name in own if name in extents}
+            known: dict[str, str | None] = {**digests(wanted, self.label, meter, jobs)}
+            for name in own:
+                if name not in known:
+                    record, info = records[name], self.tensors[name]
+                    held = record.held_bytes(meter.over(self.read(name)), info)
+                    known[name] = _digest_in(record.dtype, held, info.dtype, algorithm_of(record.digest))
+            return known
+
+        return {name: digest for known in ranks.gather(made) for name, digest in known.items()}
+
+    def _place(self, name: str, extents: Mapping[str, Extent]) -> tuple[str, int, str]:
+        """In which order tensors are read: neighbours one after the other."""
+        if (extent := extents.get(name)) is not None:
+            return extent.file.name, extent.offset, name
+        return self._source.file_of(self._partners[name]) if isinstance(self._source, Checkpoint) else "", 0, name
+
+    def differences(self, records: Mapping[str, TensorRecord], known: Mapping[str, str | None]) -> list[Difference]:
+        """The tensors that have not the dtype, shape and bits that their records freeze, in the order of the records.
+
+        Args:
+            records: What should hold.
+            known: What ``digests`` has found.
+        """
+        found = (self._difference(name, record, known.get(name)) for name, record in records.items())
         return [difference for difference in found if difference is not None]
 
-    def _difference(self, name: str, record: TensorRecord, digest: str | None, meter: Meter) -> Difference | None:
-        """Of one tensor; ``digest`` is that of its frozen part, if it is known by now."""
+    def _difference(self, name: str, record: TensorRecord, digest: str | None) -> Difference | None:
         info = self.tensors.get(name)
         if info is None:
             return Difference(name=name, verdict="missing")
         verdict: Verdict = "shape"
         if _has_room(info, record):
-            if digest is None:
-                held = record.held_bytes(meter.over(self.read(name)), info)
-                digest = _digest_in(record.dtype, held, info.dtype, algorithm_of(record.digest))
             is_same = digest == record.held_digest
             if info.dtype == record.dtype:
                 return None if is_same else Difference(name=name, verdict="changed")
             verdict = "dtype_only" if is_same else "dtype"
-        return Difference(name=name, verdict=verdict, detail={"expected": str(record.info), "found": str(info)})
+        return _other_info(name, record, info, verdict)
+
+
+def mismatched(records: Mapping[str, TensorRecord], tensors: Mapping[str, TensorInfo]) -> list[Difference]:
+    """What trains, and is there in another shape, or in a dtype that does not hold every value of its own.
+
+    A wider one does, and the digest then tells whether the values moved; of a narrower copy nothing tells it.
+
+    Args:
+        records: What a manifest says of tensors.
+        tensors: Dtype and shape of those that stand for them.
+    """
+    found = []
+    for name, record in records.items():
+        info = tensors.get(name)
+        if not record.trains or info is None or info == record.info:
+            continue
+        if info.shape != record.shape:
+            found.append(_other_info(name, record, info, "shape"))
+            continue
+        from .comparing import is_wider
+
+        if not is_wider(info.dtype, record.dtype):
+            found.append(_other_info(name, record, info, "dtype"))
+    return found
+
+
+def _other_info(name: str, record: TensorRecord, info: TensorInfo, verdict: Verdict) -> Difference:
+    return Difference(name=name, verdict=verdict, detail={"expected": str(record.info), "found": str(info)})
 
 
 def _digest_in(dtype: str, chunks: Iterable[Buffer], own: str, algorithm: str) -> str | None:

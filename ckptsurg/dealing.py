@@ -9,12 +9,14 @@ digest is made of all of them in their order.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from .layout import OutputFile
+if TYPE_CHECKING:
+    from .checkpoints import Extent
+    from .layout import OutputFile
 
 __all__ = ["Deal", "Item", "deal", "deal_out", "unevenness"]
 
@@ -64,18 +66,19 @@ def unevenness(loads: Sequence[int]) -> float:
     return max(loads) * len(loads) / sum(loads) if any(loads) else 1.0
 
 
-def deal(files: Sequence[OutputFile], ranks: int, can_be_cut: Collection[str]) -> Deal:
+def deal(files: Sequence[OutputFile], ranks: int, extents: Mapping[str, Extent]) -> Deal:
     """Deal the files of an output out.
 
     Args:
         files: The files.
         ranks: How many ranks there are.
-        can_be_cut: Names of tensors, in the output, of which a part can be brought without the rest.
+        extents: Where in files the base has its tensors: of what is copied from there, a part can be brought without
+            the rest.
     """
     items = []
     for file in files:
         items.append(Item(len(file.header), can_be_cut=False))
-        items += [Item(tensor.info.nbytes, tensor.output_name in can_be_cut) for tensor in file.tensors]
+        items += [Item(one.info.nbytes, one.is_copied and one.name in extents) for one in file.tensors]
     ends = _ends(items, ranks)
     shares: list[dict[str, range]] = [{} for _ in range(ranks)]
     start = 0

@@ -26,7 +26,7 @@ from .spec import Spec
 from .tensors import Buffer, Digester, TensorSource, refuse_unstorable, row_span, section
 from .wording import encodable, shown
 
-__all__ = ["Recorder", "base_files", "describe", "inherit", "inherited_records"]
+__all__ = ["Recorder", "base_files", "describe", "identity", "inherit", "inherited_records"]
 
 _log = logging.getLogger("ckptsurg")
 
@@ -205,3 +205,10 @@ def base_files(base: Checkpoint, algorithm: str) -> list[BaseFile]:
         BaseFile(file=encodable(file.name), size=file.size, header_digest=file.header_digest(algorithm))
         for file in base.files
     ]
+
+
+def identity(source: TensorSource) -> object:
+    """What two sources have in common that are the same: names, sizes and headers of files, or names and shapes."""
+    if isinstance(source, Checkpoint):
+        return base_files(source, "blake3")
+    return sorted((name, str(info)) for name, info in source.tensors.items())

@@ -94,7 +94,7 @@ def _differing_info(name: str, a: TensorSource, b: TensorSource) -> Difference:
     from .comparing import is_wider, narrowed_digest
 
     one, other = a.tensors[name], b.tensors[name]
-    detail = {"expected": str(one), "found": str(other)}
+    detail = {"first": str(one), "second": str(other)}
     if one.shape != other.shape:
         return Difference(name=name, verdict="shape", detail=detail)
     narrow, wide = (a, b) if is_wider(other.dtype, one.dtype) else (b, a)

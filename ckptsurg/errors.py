@@ -8,7 +8,7 @@
   + FreezeError             2  a live model that cannot be made to obey its manifest
   + CheckpointError         3  a checkpoint that is malformed or unreadable
   + SystemFailure           4  the system failed: disk full, permission, I/O
-  + PeerFailed              -  another rank of a run has failed; the number is that of its error
+  + PeerFailed              4  another rank of a run has failed; the number is that of its error, else 4
   + FrozenWeightsChanged    1  a frozen tensor does not have its bits, or is about to lose them
 
 The number is the exit code of the command line. ``hint`` says what to do next.
@@ -129,7 +129,10 @@ class PeerFailed(CkptsurgError):
 
     Attributes:
         rank: Which one, from 0.
+        exit_code: That of its error.
     """
+
+    exit_code = 4
 
     def __init__(self, rank: int, message: str, *, hint: str | None = None, exit_code: int = 4) -> None:
         super().__init__(f"rank {rank}: {message}", hint=hint)
@@ -141,13 +144,22 @@ class FrozenWeightsChanged(CkptsurgError):
 
     Attributes:
         causes: The cause code of each tensor, where one is settled.
+        ranks: Of each tensor the ranks whose part of it moved, where several processes train and that is known.
     """
 
     exit_code = 1
 
-    def __init__(self, message: str, *, hint: str | None = None, causes: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        causes: Mapping[str, str] | None = None,
+        ranks: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
         super().__init__(message, hint=hint)
         self.causes = dict(causes or {})
+        self.ranks = {name: tuple(where) for name, where in (ranks or {}).items()}
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 
 from .documents import Document, Model, canonical_json, is_empty, is_false, is_none, may_lack
 from .errors import ManifestError, Problem, UsageError, system_failures
-from .parsing import Text, parse_json, read_bytes
+from .parsing import Text, known_document, parse_json, read_bytes
 from .tensors import DTYPE_BITS, Buffer, TensorInfo, algorithm_of, digest_of, row_span, section, unstorable
 from .wording import enumerate_names, shown
 
@@ -350,14 +350,24 @@ def load_manifest(path: str | Path) -> Manifest:
         ) from None
     except ValueError as failure:
         hint = _OF_SPEC if path.suffix in (".yaml", ".yml") else None
-        raise ManifestError(label, [Problem("", f"not a manifest: {failure}")], hint=hint) from None
+        raise ManifestError(label, [Problem("", f"not a manifest: {_other(raw) or failure}")], hint=hint) from None
     if isinstance(text.data, dict) and "frozen_root" not in text.data:
-        raise ManifestError(label, [Problem("", "not a manifest of ckptsurg: it has no frozen_root")], hint=_OF_SPEC)
+        found = _other(raw) or "it has no frozen_root"
+        raise ManifestError(label, [Problem("", f"not a manifest of ckptsurg: {found}")], hint=_OF_SPEC)
     manifest = Manifest.from_text(text)
     problems = list(_contradictions(manifest))
     if problems:
         raise ManifestError(label, problems, hint="the manifest was edited or damaged; take the published one")
     return manifest
+
+
+def _other(raw: bytes) -> str | None:
+    """What a document is that is no manifest, where that is known."""
+    try:
+        known = known_document(parse_json(raw.decode("utf-8")))
+    except ValueError:
+        return None
+    return None if known is None else f"it is {known}"
 
 
 def _contradictions(manifest: Manifest) -> Iterable[Problem]:

@@ -23,6 +23,7 @@ from .patterns import (
     PatternError,
     Segment,
     Step,
+    braced,
     expand_braces,
     parse,
     pick,
@@ -51,13 +52,19 @@ class Names:
         layers: The layers of the model, where their order is known: a pattern that selects nothing by name is tried on
             where the tensors stand in the model.
         children: How many numbered children a module has, by its name, where some have no tensors.
+        among: More names, of which these are some: slices count the children of all.
     """
 
     def __init__(
-        self, names: Iterable[str], layers: Sequence[Layer] = (), children: Mapping[str, int] | None = None
+        self,
+        names: Iterable[str],
+        layers: Sequence[Layer] = (),
+        children: Mapping[str, int] | None = None,
+        among: Names | None = None,
     ) -> None:
         self._names = dict.fromkeys(names)
         self._children_of = children or {}
+        self._among = among
         self._layers = layers
         self._globs: dict[str, Callable[[str], bool]] = {}
         self._steps_left = _STEPS + _STEPS_PER_NAME * len(self._names)
@@ -71,6 +78,10 @@ class Names:
     def in_order(self, some: Collection[str]) -> list[str]:
         """Those of the names that are among some, in their order."""
         return [name for name in self._names if name in some]
+
+    def part(self, some: Iterable[str]) -> Names:
+        """Some of the names; slices go on counting the children of all of them."""
+        return Names(some, self._layers, among=self)
 
     def match(self, pattern: str) -> list[tuple[str, list[str]]]:
         """What each brace alternative of a pattern selects.
@@ -180,13 +191,26 @@ class Names:
         """Which segments a step takes from a module."""
         if isinstance(step, Segment):
             return self._glob(step.text)
-        numbers = {int(key) for key in (*module.modules, *module.tensors) if CHILD_NUMBER.fullmatch(key)}
+        numbers = _numbers_in(module)
         if not numbers:
             return frozenset[str]().__contains__
+        if self._among is not None:
+            numbers = _numbers_in(self._counterparts[module])
         there = self._children_of.get(self._tree.path(module)) if self._children_of else None
         children = sorted(numbers) if there is None else range(there)
         picked = pick(children, step.text, lambda: self._tree.path(module))
         return frozenset(map(str, picked)).__contains__
+
+    @cached_property
+    def _counterparts(self) -> Mapping[Module, Module]:
+        """For each module that of all names, of which these are some."""
+        assert self._among is not None
+        pending, found = [(self._tree.root, self._among._tree.root)], {}
+        while pending:
+            module, other = pending.pop()
+            found[module] = other
+            pending += [(one, other.modules[key]) for key, one in module.modules.items()]
+        return found
 
     def _glob(self, text: str) -> Callable[[str], bool]:
         """A test of segments, of which many are alike."""
@@ -274,10 +298,12 @@ class Names:
             return []
         if not picked:
             return []
-        contiguous = picked[-1] - picked[0] + 1 == len(picked)
-        inside = f"{picked[0]}..{picked[-1]}" if contiguous else ",".join(map(str, picked))
-        braces = f"{sliced[1]}{stem}" + (str(picked[0]) if len(picked) == 1 else f"{{{inside}}}") + sliced[5]
+        braces = f"{sliced[1]}{stem}{braced(picked)}{sliced[5]}"
         return [braces] if self.count(braces) else []
+
+
+def _numbers_in(module: Module) -> set[int]:
+    return {int(key) for key in (*module.modules, *module.tensors) if CHILD_NUMBER.fullmatch(key)}
 
 
 def _is_a_path(steps: Sequence[Step]) -> bool:

@@ -14,13 +14,29 @@ from typing import Any, BinaryIO, NoReturn, TypeAlias
 from .errors import DocumentError, Problem, SystemFailure, UsageError
 from .wording import shown
 
-__all__ = ["MAX_DIGITS", "Place", "Text", "describe_place", "parse_json", "read_bytes", "read_up_to"]
+__all__ = ["MAX_DIGITS", "Place", "Text", "describe_place", "known_document", "parse_json", "read_bytes", "read_up_to"]
 
 MAX_DIGITS = 100
 _CHUNK = 1 << 16
 
+#: Documents that are given in the place of another, by keys that they have.
+_KNOWN = {
+    "a JSON Schema": {"$schema", "properties"},
+    "a manifest": {"tensors", "root", "frozen_root"},
+    "a plan": {"tensors", "counts"},
+    "a report": {"ok", "drifted"},
+    "a statement": {"predicateType"},
+    "an index of shards": {"weight_map"},
+    "a model's config.json": {"model_type"},
+}
+
 #: Where something stands in a document: keys and positions from the top.
 Place: TypeAlias = tuple[str | int, ...]
+
+
+def known_document(data: object) -> str | None:
+    """What a document is that is not the one expected; None if that is not known."""
+    return next((what for what, keys in _KNOWN.items() if isinstance(data, dict) and keys <= data.keys()), None)
 
 
 def describe_place(place: Place) -> str:

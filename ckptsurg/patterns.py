@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -21,11 +23,14 @@ __all__ = [
     "PatternError",
     "Segment",
     "Step",
+    "braced",
     "expand_braces",
     "numbered_children",
+    "numbers_below",
     "parse",
     "pick",
     "split_name",
+    "unlike_parts",
 ]
 
 MAX_ALTERNATIVES = 10_000
@@ -33,6 +38,8 @@ MAX_ALTERNATIVES = 10_000
 MAX_WRITTEN_OUT = 10_000_000
 MAX_LENGTH = 4096
 MAX_SEGMENTS = 256
+#: Children that a message names one by one.
+_MOST_NAMED = 16
 SEPARATOR = re.compile(r"[./]")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _INTEGER_RANGE = re.compile(r"(-?[0-9]+)\.\.(-?[0-9]+)(?:\.\.(-?[0-9]+))?")
@@ -130,12 +137,36 @@ def split_name(pattern: str) -> list[str]:
     return SEPARATOR.split(pattern)
 
 
+def unlike_parts(old: str, new: str) -> tuple[str, str]:
+    """Two names without what they end in alike: a module that is called otherwise is one, whatever is below it."""
+    one, other = split_name(old), split_name(new)
+    alike = 0
+    while alike < min(len(one), len(other)) - 1 and one[-1 - alike] == other[-1 - alike]:
+        alike += 1
+    tail = sum(len(segment) + 1 for segment in one[len(one) - alike :])
+    return (old[:-tail], new[:-tail]) if tail else (old, new)
+
+
 def numbered_children(name: str) -> Iterator[tuple[tuple[str, ...], str]]:
     """The numbered children on the way to a tensor, outermost first: what leads to each, and its number."""
     segments = split_name(name)
     for place, segment in enumerate(segments[:-1]):
         if CHILD_NUMBER.fullmatch(segment):
             yield tuple(segments[:place]), segment
+
+
+def numbers_below(names: Iterable[str]) -> Mapping[tuple[str, ...], set[str]]:
+    """The numbered children on the way to any of these tensors: their numbers, by what leads to them."""
+    found: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    known: set[str] = set()  # a module is looked at once, however many tensors are below it
+    for name in names:
+        end = max(name.rfind("."), name.rfind("/"))
+        while end >= 0 and (module := name[:end]) not in known:
+            known.add(module)
+            end = max(module.rfind("."), module.rfind("/"))
+            if CHILD_NUMBER.fullmatch(number := module[end + 1 :]):
+                found[tuple(split_name(module[:end])) if end >= 0 else ()].add(number)
+    return found
 
 
 @lru_cache(maxsize=4096)
@@ -176,16 +207,21 @@ def pick(numbers: Sequence[int], text: str, module: Callable[[], str]) -> set[in
     """
     end = numbers[-1] + 1
     contiguous = end - numbers[0] == len(numbers)
-    by_name = f"name those you mean: {{{','.join(map(str, numbers[-2:]))}}}"
 
     def children() -> str:
         where = f'"{shown(name)}"' if (name := module()) else "the model"
         return f"{where} has children {_ranges(numbers)}"
 
+    def ambiguous(why: str) -> PatternError:
+        meant = _by_place(numbers, text)
+        path = f"{name}." if (name := module()) else ""
+        by_name = f': "{shown(f"{path}{braced(meant)}")}"' if 0 < len(meant) <= _MOST_NAMED else ""
+        return PatternError(f"{text} {why}, but {children()}, with gaps; name those you mean{by_name}")
+
     def bound(part: str) -> int:
         value = int(part)
         if value < 0 and not contiguous:
-            raise PatternError(f"{text} counts from the end, but {children()}, with gaps; {by_name}")
+            raise ambiguous("counts from the end")
         return value + end if value < 0 else value
 
     inside = text[1:-1]
@@ -199,13 +235,31 @@ def pick(numbers: Sequence[int], text: str, module: Callable[[], str]) -> set[in
     if step == 0:
         raise PatternError(f"{text}: the step of a slice is not zero")
     if step != 1 and not contiguous:
-        raise PatternError(f"{text} has a step, but {children()}, with gaps; {by_name}")
+        raise ambiguous("has a step")
     low, high = (bound(part) if part else None for part in (start_text, stop_text))
     for value in (low, high):
         if value is not None and not 0 <= value <= end:
             raise OutOfRange(f"{text} is out of range: {children()}")
     picked = range(end)[slice(low, high, step)]
     return {number for number in numbers if number in picked}
+
+
+def _by_place(numbers: Sequence[int], text: str) -> list[int]:
+    """What a slice would pick were negative bounds and steps to count the numbers that there are."""
+    bounds = [int(part) if part else None for part in text[1:-1].split(":")]
+    places = [bisect_left(numbers, one) if one is not None and one >= 0 else one for one in bounds[:2]]
+    if len(bounds) == 1:
+        return [number for place, number in enumerate(numbers) if place - len(numbers) in places]
+    return sorted(numbers[slice(*places, *bounds[2:])])
+
+
+def braced(numbers: Sequence[int]) -> str:
+    """``5``, ``{4..6}`` or ``{0,4,5}`` for a sorted list of numbers, which is not empty."""
+    if len(numbers) == 1:
+        return str(numbers[0])
+    if numbers[-1] - numbers[0] + 1 == len(numbers):
+        return f"{{{numbers[0]}..{numbers[-1]}}}"
+    return f"{{{','.join(map(str, numbers))}}}"
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -141,7 +141,10 @@ def _of_config(spec: Spec, plan: Plan, base: Checkpoint, config: Configs) -> lis
     output = {
         tensor.output_name: ("" if tensor.action == "add" else tensor.name, tensor.info) for tensor in plan.output
     }
-    if notes := disagreements(config.before, config.after, base.tensors, output):
+    rules = {one.name: one.rule for one in plan.tensors if one.action == "drop" and one.rule is not None}
+    patterns = {rule: spec.pattern_at(rule) for rule in set(rules.values())}
+    dropped = {name: patterns[rule] for name, rule in rules.items()}
+    if notes := disagreements(config.before, config.after, base.tensors, output, dropped):
         return notes
     resized = [one.name for one in plan.output if one.action == "reinit" and one.shape != base.tensors[one.name].shape]
     if resized and spec.config is None:

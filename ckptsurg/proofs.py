@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .checkpoints import Checkpoint
 from .coercing import (
+    GroupLike,
     ManifestLike,
     PathLike,
     TensorsLike,
@@ -19,6 +20,7 @@ from .coercing import (
     as_manifest,
     as_path,
     as_patterns,
+    as_ranks,
     checkpoint_of,
     is_model,
     tensors_of,
@@ -27,9 +29,11 @@ from .errors import DocumentError, Problem
 from .formats.adapter import AdapterOverBase
 
 if TYPE_CHECKING:
+    from .manifest import Manifest
     from .metering import Progress
     from .renaming import Renaming
     from .report import DiffReport, Report
+    from .tensors import TensorSource
 
 __all__ = ["attest", "diff", "load_names", "place_for_statement", "verify", "verify_and_attest"]
 
@@ -49,6 +53,7 @@ def verify(
     only: str | Sequence[str] | None = None,
     jobs: int | None = None,
     progress: Progress | None = None,
+    group: GroupLike = None,
 ) -> Report:
     """Prove that every frozen tensor has the bits that the manifest records.
 
@@ -68,8 +73,10 @@ def verify(
             model and not in a file.
         expect_trained: Whether trainable tensors that did not move, or are missing, count.
         only: Patterns over the manifest's names, as in a spec: of the others nothing is read.
-        jobs: How many threads read and hash files; None for one on each processor, up to 64.
-        progress: Called with the bytes read and the bytes in all.
+        jobs: How many threads read and hash files; None for one on each processor, up to 64, or its part of them.
+        progress: Called with the bytes read and the bytes in all, of this process.
+        group: The process group of ``torch.distributed`` among whose processes what is read is dealt out; all of them
+            call this alike, on files, and all are given the report. None for this process alone.
 
     Raises:
         ManifestError: if the manifest is not valid, or nothing in it is frozen.
@@ -77,23 +84,25 @@ def verify(
         UsageError: if nothing selected is frozen, the root is not the manifest's, names do not fit, or the baseline is
             another checkpoint.
         CheckpointError: if the checkpoint is malformed.
-        SystemFailure: if it cannot be read.
+        SystemFailure: if it cannot be read, or a process of the group is lost.
+        PeerFailed: if another process of the group fails.
     """
     from . import verifying
+    from .describing import identity
+    from .ranks import refuse_unlike
 
-    document = as_manifest(manifest)
-    relied_on: Literal["pinned", "signed"] | None = None
-    if attestation is not None:
-        from .attesting import attested_root
+    with as_ranks(group) as ranks, ExitStack() as stack:
+        document, relied_on = ranks.share(lambda: _vouched_for(manifest, root, attestation))
+        wanted = document.tensors.keys() if names is None else ()
+        sources: list[TensorSource] = []
 
-        verifying.check_root(document, attested_root(as_path(attestation)))
-        relied_on = "signed"
-    if root is not None:
-        verifying.check_root(document, root)
-        relied_on = "pinned"
-    wanted = document.tensors.keys() if names is None else ()
-    with tensors_of(ckpt_or_model, wanted) as trained, ExitStack() as stack:
-        before = stack.enter_context(tensors_of(baseline, wanted)) if baseline is not None else None
+        def see() -> dict[str, object]:
+            given = [ckpt_or_model] if baseline is None else [ckpt_or_model, baseline]
+            sources.extend(stack.enter_context(tensors_of(one, wanted)) for one in given)
+            return {one.label: identity(one) for one in sources} if ranks.size > 1 else {}
+
+        refuse_unlike(ranks, see)
+        trained, before = sources[0], sources[1] if baseline is not None else None
         is_file = isinstance(trained, Checkpoint | AdapterOverBase)
         report = verifying.verify(
             document,
@@ -107,14 +116,39 @@ def verify(
             saved=not is_model(ckpt_or_model),
             note=trained.note if isinstance(trained, AdapterOverBase) else None,
             only=None if only is None else as_patterns(only),
-            jobs=as_jobs(jobs),
+            jobs=as_jobs(jobs, ranks),
             progress=progress,
+            ranks=ranks,
         )
     return report.model_copy(update={"relied_on": relied_on})
 
 
+def _vouched_for(
+    manifest: ManifestLike, root: str | None, attestation: PathLike | None
+) -> tuple[Manifest, Literal["pinned", "signed"] | None]:
+    """The manifest, and what vouches for it.
+
+    Raises:
+        ManifestError: if it is not valid.
+        UsageError: if it is not the one that was pinned or attested.
+    """
+    from . import verifying
+
+    document = as_manifest(manifest)
+    relied_on: Literal["pinned", "signed"] | None = None
+    if attestation is not None:
+        from .attesting import attested_root
+
+        verifying.check_root(document, attested_root(as_path(attestation)))
+        relied_on = "signed"
+    if root is not None:
+        verifying.check_root(document, root)
+        relied_on = "pinned"
+    return document, relied_on
+
+
 def verify_and_attest(
-    manifest: ManifestLike, ckpt: TensorsLike, *, jobs: int | None = None, **options: Any
+    manifest: ManifestLike, ckpt: TensorsLike, *, jobs: int | None = None, group: GroupLike = None, **options: Any
 ) -> tuple[Report, bytes]:
     """``verify``, and a statement of what was found, for others to sign.
 
@@ -123,10 +157,10 @@ def verify_and_attest(
     """
     from . import attesting
 
-    document = as_manifest(manifest)
-    with checkpoint_of(ckpt) as trained:
-        report = verify(document, trained, jobs=jobs, **options)
-        return report, attesting.of_report(document, report, trained, jobs=as_jobs(jobs))
+    with as_ranks(group) as ranks, checkpoint_of(ckpt) as trained:
+        document = ranks.share(lambda: as_manifest(manifest))
+        report = verify(document, trained, jobs=jobs, group=ranks, **options)
+        return report, ranks.share(lambda: attesting.of_report(document, report, trained, jobs=as_jobs(jobs)))
 
 
 def attest(

@@ -15,7 +15,7 @@ from .checkpoints import Checkpoint
 from .claiming import journal_beside
 from .config import CONFIG_NAME
 from .copying import Amounts
-from .dealing import deal
+from .dealing import Deal, deal
 from .describing import base_files
 from .errors import UsageError, system_failures
 from .grafting import grafted
@@ -32,7 +32,7 @@ from .tensors import digest_of, refuse_unstorable
 from .wording import enumerate_names, shown
 from .writing import Work, Writer
 
-__all__ = ["Destination", "convert", "rewrite"]
+__all__ = ["Destination", "convert", "dealt", "rewrite"]
 
 _log = logging.getLogger("ckptsurg")
 
@@ -150,6 +150,12 @@ def convert(
         _publish_weights(staging, destination)
 
 
+def dealt(plan: Plan, base: Checkpoint, ranks: int, donors: Mapping[str, Checkpoint] | None = None) -> Deal:
+    """How the work on an output in the base's shards would be dealt out to so many ranks."""
+    whole = grafted(base, plan, donors or {})
+    return deal(lay_out(plan.output, whole, single=None, max_shard_size=None).files, ranks, whole.extents)
+
+
 def _laid_out(writer: Writer, destination: Destination) -> Layout:
     """Where everything goes, unless it may not go there."""
     base, out = writer.base, destination.out
@@ -181,8 +187,7 @@ def _staged(
     writer: Writer, layout: Layout, destination: Destination, run: str | None, ranks: Ranks
 ) -> Iterator[tuple[Staging | None, Sequence[Work], Room]]:
     """The staging folder, which the first rank alone has; what this rank does; and the room it does it in."""
-    can_be_cut = writer.cuttable() if ranks.size > 1 else ()
-    share = deal(layout.files, ranks.size, can_be_cut).shares[ranks.rank]
+    share = deal(layout.files, ranks.size, writer.base.extents).shares[ranks.rank]
     with ExitStack() as stack:
         staging: Staging | None = None
 

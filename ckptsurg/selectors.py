@@ -11,7 +11,7 @@ from .errors import Problem, SpecError
 from .layers import from_metadata
 from .matching import Names
 from .parsing import Place, Text
-from .patterns import OutOfRange, PatternError
+from .patterns import OutOfRange, PatternError, unlike_parts
 from .rules import FreezeItem, Item, Where
 from .spec import Spec
 from .tensors import DTYPE_BITS, TensorInfo
@@ -32,11 +32,13 @@ class Space:
         names: Their names.
         tensors: Dtype and shape by name.
         dropped: Names that the spec drops: patterns do not see them, messages do.
+        called: What tensors are called in the output, where that is another name; messages know it.
     """
 
     names: Names
     tensors: Mapping[str, TensorInfo]
     dropped: Names = field(default_factory=lambda: Names(()))
+    called: Mapping[str, str] = field(default_factory=dict)
 
     def keeps(self, name: str, where: Where) -> bool:
         info = self.tensors[name]
@@ -186,9 +188,12 @@ def _explain_alternative(
         return f"{what} matches {counted(unfiltered)}, but none where {where}" + (
             "" if known else suggest(item.where.beside, leaves)
         )
+    in_output = _in_output(alternative, space)
     if gone := space.dropped.count(alternative):
-        return f"{what} matches nothing that is left: `drop` takes what it matches ({counted(gone)})"
+        return f"{what} matches nothing that is left: `drop` takes what it matches ({counted(gone)}){in_output}"
     message = f"{what} matches nothing"
+    if in_output:
+        return message + in_output
     if re.fullmatch(r"-?[0-9]*:-?[0-9]*(?::-?[0-9]*)?", alternative):
         return f'{message}; a slice keeps its brackets in quotes, type: "[{alternative}]"'
     head = _TIED_HEADS.search(alternative)
@@ -202,6 +207,19 @@ def _explain_alternative(
     if not nearest and (choices := [shown(segment) for segment in space.names.choices(alternative)]):
         return f"{message}; at that place there are: {', '.join(choices)}"
     return message + ("; nearest: " + ", ".join(nearest) if nearest else "")
+
+
+def _in_output(alternative: str, space: Space) -> str:
+    """What a pattern means that speaks of the output's names, and not of the base's."""
+    if not space.called:
+        return ""
+    base = {space.called.get(name, name): name for name in space.tensors}
+    output = Names(base)
+    new = _first(output, alternative) if output.count(alternative) else None
+    if new is None or base[new] == new:
+        return ""
+    old, new = unlike_parts(base[new], new)
+    return f"; names are the base's, and what the output calls {shown(new)} is {shown(old)}"
 
 
 def _first(names: Names, pattern: str) -> str | None:

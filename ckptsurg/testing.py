@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from . import proofs, training
-from .causes import explained
+from .causes import UNSETTLED, explained
 from .coercing import ManifestLike, TensorsLike, is_model
 from .errors import CkptsurgError, FrozenWeightsChanged, UsageError
 from .renaming import Renaming
@@ -111,7 +111,8 @@ class frozen_weights:  # noqa: N801 - it reads as a function, and is used as one
         try:
             self._watch.__exit__(kind, error, trace)
         except FrozenWeightsChanged as changed:
-            raise FrozenWeightsChanged(_told(self._watch.report), causes=changed.causes) from None
+            told = _told(self._watch.report)
+            raise FrozenWeightsChanged(told, causes=changed.causes, ranks=changed.ranks) from None
 
 
 class _ending_here:  # noqa: N801 - it reads as a function, and is used as one
@@ -135,9 +136,7 @@ def _told(report: Report | None) -> str:
     causes = sorted({difference.cause for difference in report.drifted if difference.cause})
     head = f"{counted(len(report.drifted), 'frozen tensor')} changed:"
     lines = [head, _table(report.drifted), *map(explained, causes)]
-    if report.untrained:
-        lines.append(report.describe_untrained())
-    return "\n".join(lines)
+    return "\n".join([*lines, *map(str, report.shortcomings())])
 
 
 def _table(differences: Sequence[Difference]) -> str:
@@ -155,7 +154,7 @@ def _table(differences: Sequence[Difference]) -> str:
         if isinstance(one.detail, Detail):
             elements = f"{one.detail.elements_changed:,}"
             largest = "" if one.detail.max_abs_diff is None else f"{one.detail.max_abs_diff:.6g}"
-        drawn.add_row(shown(one.name), one.verdict, elements, largest, one.cause or "unknown")
+        drawn.add_row(one.label, one.verdict, elements, largest, one.cause or UNSETTLED)
     text = StringIO()
     Console(file=text, width=200, highlight=False, markup=False, emoji=False, color_system=None).print(drawn)
     lines = [line.rstrip() for line in text.getvalue().splitlines()]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-__all__ = ["closest", "counted", "encodable", "enumerate_names", "quoted", "shown", "size"]
+__all__ = ["closest", "counted", "encodable", "enumerate_names", "on_ranks", "quoted", "shown", "size"]
 
 #: Of words that are compared, in characters: the time grows with the product of two lengths.
 _LONGEST_SLIP = 200
@@ -47,6 +47,13 @@ def enumerate_names(names: Iterable[str], limit: int = 5) -> str:
     text = ", ".join(shown(name) for name in listed[:limit])
     rest = len(listed) - limit
     return f"{text} and {rest} more" if rest > 0 else text
+
+
+def on_ranks(name: str, ranks: Sequence[int]) -> str:
+    """``layers.3.weight (rank 5)``, the name made safe to print; without ranks the name alone."""
+    if not ranks:
+        return shown(name)
+    return f"{shown(name)} (rank{'' if len(ranks) == 1 else 's'} {enumerate_names(map(str, ranks))})"
 
 
 def encodable(name: str) -> str:

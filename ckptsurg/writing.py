@@ -109,10 +109,6 @@ class Writer:
                 _log.warning("%s: cannot be linked to the base (%s)", shown(file.name), obstacle)
         return linked
 
-    def cuttable(self) -> set[str]:
-        """Names, in the output, of tensors of which a part can be brought without the rest."""
-        return {one.output_name for one in self.plan.output if one.is_copied and one.name in self.base.extents}
-
     def write(self, works: Sequence[Work], room: Room, meter: Meter, journal: Journal | None = None) -> None:
         """Write files, or parts of them; they are on disk at the end.
 

@@ -21,7 +21,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 
 import ckptsurg
 
@@ -160,10 +162,24 @@ def caught(
         for number in range(1, steps + 1):
             step(model, optimizer, rank, number, deed if number == at else None)
     except ckptsurg.FrozenWeightsChanged as error:
-        return {"step": number, "message": str(error), "causes": error.causes}
+        return {"step": number, "message": str(error), "causes": error.causes, "ranks": error.ranks}
     finally:
         guard.remove()
-    return {"step": None, "message": "", "causes": {}}
+    return {"step": None, "message": "", "causes": {}, "ranks": {}}
+
+
+class Reads(TorchFunctionMode):
+    """Counts what makes the host wait for values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if name in {"tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"}:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
@@ -218,6 +234,45 @@ def ddp_saboteur(rank: int, folder: Path) -> dict[str, Any]:
             net.body[0].weight.data[6, 4] += 2.0**-20
 
     return caught(frozen, model, adamw(frozen), rank, deed)
+
+
+@scene
+def ddp_saboteur_at_the_end(rank: int, folder: Path) -> dict[str, Any]:
+    """Nobody reads frozen tensors before the end."""
+    net = loaded(folder)
+    frozen = ckptsurg.freeze(net, folder / "base.freeze.json")
+    model = DistributedDataParallel(net)
+    optimizer = adamw(frozen)
+    seen: dict[str, Any] = {}
+    with error_of(ckptsurg.FrozenWeightsChanged, seen), frozen.guard(optimizer, every=None):
+        train(model, optimizer, rank, 3)
+        net.body[1].running_mean[3] += rank
+    return seen | {"report": frozen.verify().model_dump(mode="json")}
+
+
+@scene
+def ddp_thawed(rank: int, folder: Path) -> dict[str, Any]:
+    """On one rank alone."""
+    net = loaded(folder)
+    frozen = ckptsurg.freeze(net, folder / "base.freeze.json")
+    model = DistributedDataParallel(net)
+    return caught(frozen, model, adamw(frozen), rank, lambda: net.body[0].weight.requires_grad_(rank == 1))
+
+
+@scene
+def ddp_refused(rank: int, folder: Path) -> dict[str, Any]:
+    """One rank has not loaded a tensor, or has moved it while it was watched."""
+    seen: dict[str, Any] = {"freeze": {}, "watch": {}, "watched": {}}
+    net = loaded(folder)
+    with error_of(ckptsurg.FrozenWeightsChanged, seen["watched"]):
+        with ckptsurg.watch(net, manifest=folder / "base.freeze.json") as watching, torch.no_grad():
+            net.one.weight[0, 2] += rank
+        seen["watched"]["ok"] = watching.report.ok
+    with error_of(ckptsurg.FreezeError, seen["freeze"]):
+        ckptsurg.freeze(net, folder / "base.freeze.json")
+    with error_of(ckptsurg.FreezeError, seen["watch"]):
+        ckptsurg.watch(net, manifest=folder / "base.freeze.json").__enter__()
+    return seen
 
 
 @scene
@@ -290,6 +345,89 @@ def fsdp2_saboteur(rank: int, folder: Path) -> dict[str, Any]:
 
 
 @scene
+def fsdp2_saboteurs(rank: int, folder: Path) -> dict[str, Any]:
+    """Each rank moves its part of one tensor, and besides a tensor of which one has all."""
+    net = loaded(folder)
+    frozen = ckptsurg.freeze(net, folder / "base.freeze.json")
+    model = sharded(net)
+
+    def deed() -> None:
+        net.embed.weight.to_local()[0, 0] += 2.0**-20
+        net.one.weight.to_local()[:, 0] += 2.0**-20
+
+    seen = caught(frozen, model, adamw(frozen), rank, deed)
+    report = frozen.verify(folder / "base.safetensors")
+    state = whole_state(model)
+    return seen | {
+        "report": report.model_dump_json(),
+        "sharded": frozen.verify_saved(model.state_dict()).summary(),
+        "gathered": frozen.verify_saved(state).summary() if rank == 0 else "",
+    }
+
+
+@scene
+def fsdp2_saboteur_while_nobody_watches(rank: int, folder: Path) -> dict[str, Any]:
+    """What was frozen as a whole was sharded, and moved before anybody looked at the parts."""
+    net = loaded(folder)
+    frozen = ckptsurg.freeze(net, folder / "base.freeze.json")
+    sharded(net)
+    with torch.no_grad():
+        if rank == 1:
+            net.body[0].weight.to_local()[-1, -1] += 2.0**-20
+    before = frozen.verify().summary()
+    frozen.guard(adamw(frozen)).remove()
+    return {"before": before, "after": frozen.verify().summary()}
+
+
+@scene
+def fsdp2_frozen_after_sharding_and_moved(rank: int, folder: Path) -> dict[str, Any]:
+    """The parts are known since the freeze; a manifest that they do not fit is refused."""
+    net = sharded(loaded(folder))
+    frozen = ckptsurg.freeze(net, folder / "base.freeze.json")
+    with torch.no_grad():
+        if rank == 1:
+            net.body[0].weight.to_local()[-1, -1] += 2.0**-20
+    seen = {"moved": frozen.moved(), "summary": frozen.verify().summary()}
+    frozen.release()
+    with error_of(ckptsurg.FreezeError, seen):
+        ckptsurg.freeze(net, folder / "base.freeze.json")
+    return seen
+
+
+@scene
+def fsdp2_replicas(rank: int, folder: Path) -> dict[str, Any]:
+    """Two replicas of one shard each: one of them moves, and proves it alone."""
+    net = loaded(folder)
+    frozen = ckptsurg.freeze(net, folder / "base.freeze.json")
+    mesh = init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("replicate", "shard"))
+    model = fully_shard(net, mesh=mesh)
+
+    def deed() -> None:
+        if rank == 1:
+            net.body[0].weight.to_local()[-1, -1] += 2.0**-20
+
+    return caught(frozen, model, adamw(frozen), rank, deed) | {"verified": str(frozen.verify())}
+
+
+@scene
+def fsdp2_cost(rank: int, folder: Path) -> dict[str, Any]:
+    """What looking at frozen tensors after a step asks of the other processes, and of the host."""
+    net = loaded(folder)
+    frozen = ckptsurg.freeze(net, folder / "base.freeze.json")
+    sharded(net)
+    with CommDebugMode() as alone, Reads() as once:
+        frozen.guard(adamw(frozen)).remove()
+        frozen.guard(adamw(frozen)).remove()
+    with CommDebugMode() as together, Reads() as every:
+        moved = frozen.moved()
+    return {
+        "moved": moved,
+        "at_the_beginning": (alone.get_total_counts(), once.names.count("tolist")),
+        "after_a_step": (together.get_total_counts(), every.names.count("tolist")),
+    }
+
+
+@scene
 def fsdp2_saboteur_of_the_row_that_one_process_has(rank: int, folder: Path) -> dict[str, Any]:
     net = loaded(folder)
     frozen = ckptsurg.freeze(net, folder / "base.freeze.json")
@@ -304,13 +442,14 @@ def fsdp2_saboteur_of_the_row_that_one_process_has(rank: int, folder: Path) -> d
 
 @scene
 def fsdp2_saboteur_of_a_buffer(rank: int, folder: Path) -> dict[str, Any]:
-    """Buffers are not sharded: each process has its own."""
+    """Buffers are not sharded: each process has its own, and no other one knows of it."""
     net = loaded(folder)
     frozen = ckptsurg.freeze(net, folder / "base.freeze.json")
     model = sharded(net)
 
     def deed() -> None:
-        net.body[1].running_mean[3] += 2.0**-20
+        if rank == 1:
+            net.body[1].running_mean[3] += 2.0**-20
 
     return caught(frozen, model, adamw(frozen), rank, deed)
 
@@ -478,6 +617,20 @@ def fsdp1_saboteur(rank: int, folder: Path) -> dict[str, Any]:
 
 
 @scene
+def fsdp1_saboteur_of_a_buffer(rank: int, folder: Path) -> dict[str, Any]:
+    net = loaded(folder)
+    frozen = ckptsurg.freeze(net, folder / "base.freeze.json")
+    model = flattened(net)
+    frozen.attach(model)
+
+    def deed() -> None:
+        if rank == 1:
+            dict(model.named_buffers())["_fsdp_wrapped_module.body._fsdp_wrapped_module.1.running_mean"][3] += 2.0**-20
+
+    return caught(frozen, model, adamw(frozen), rank, deed)
+
+
+@scene
 def fsdp1_reenabled(rank: int, folder: Path) -> dict[str, Any]:
     net = loaded(folder)
     frozen = ckptsurg.freeze(net, folder / "base.freeze.json")
@@ -490,3 +643,31 @@ def fsdp1_reenabled(rank: int, folder: Path) -> dict[str, Any]:
                 one.requires_grad_(True)
 
     return caught(frozen, model, adamw(frozen), rank, deed)
+
+
+# --- Jobs of a launcher -----------------------------------------------------------------------------
+
+
+def job(wrapped: str, folder: Path) -> None:
+    """Train under a guard, as a script that torchrun starts; one rank moves what it alone has."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    net = loaded(folder)
+    frozen = ckptsurg.freeze(net, folder / "base.freeze.json")
+    model = DistributedDataParallel(net) if wrapped == "ddp" else sharded(net)
+    optimizer = adamw(frozen)
+
+    def deed() -> None:
+        if rank == 1:
+            net.body[1].running_mean[3] += 2.0**-20
+
+    with frozen.guard(optimizer):
+        for number in range(1, STEPS + 1):
+            step(model, optimizer, rank, number, deed if number == 3 else None)
+    (folder / f"finished.{wrapped}.{rank}").touch()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    job(sys.argv[1], Path(sys.argv[2]))

@@ -176,8 +176,8 @@ def alternatives_of(pattern: str, names: list[str]) -> list[str]:
     return [pattern] if pattern in names or pattern.startswith("re:") else expand(pattern)
 
 
-def select_one(pattern: str, names: list[str]) -> set[str]:
-    """What one pattern without braces selects."""
+def select_one(pattern: str, names: list[str], whole: list[str] | None = None) -> set[str]:
+    """What one pattern without braces selects; slices count the children that the whole base has."""
     if pattern in names:
         return {pattern}
     if pattern.startswith("re:"):
@@ -186,8 +186,8 @@ def select_one(pattern: str, names: list[str]) -> set[str]:
         except re.error:
             raise Wrong(f"no regular expression: {pattern}") from None
     steps = steps_of(pattern)
-    everything = [re.split(r"[./]", name) for name in names]
-    return {name for name, segments in zip(names, everything, strict=True) if matches(steps, segments, 0, everything)}
+    everything = [re.split(r"[./]", name) for name in whole or names]
+    return {name for name in names if matches(steps, re.split(r"[./]", name), 0, everything)}
 
 
 def fits(name: str, where: dict, base: dict[str, Tensor]) -> bool:
@@ -201,8 +201,8 @@ def fits(name: str, where: dict, base: dict[str, Tensor]) -> bool:
     )
 
 
-def select(selector: str | dict | list, base: dict[str, Tensor]) -> set[str]:
-    """What a selector of a spec selects of these tensors.
+def select(selector: str | dict | list, base: dict[str, Tensor], whole: dict[str, Tensor] | None = None) -> set[str]:
+    """What a selector of a spec selects of these tensors, which are left of the whole base.
 
     Raises:
         Wrong: if an item, or an alternative of one, does nothing.
@@ -216,7 +216,8 @@ def select(selector: str | dict | list, base: dict[str, Tensor]) -> set[str]:
             raise Wrong("a list begins with !")
         hit = set()
         for alternative in alternatives_of(pattern[takes_away:], names):
-            found = {name for name in select_one(alternative, names) if fits(name, item.get("where", {}), base)}
+            matched = select_one(alternative, names, list(whole or base))
+            found = {name for name in matched if fits(name, item.get("where", {}), base)}
             found = found & selected if takes_away else found
             if not found and not item.get("optional"):
                 raise Wrong(f"{alternative} does nothing")
@@ -250,13 +251,13 @@ def fates(spec: dict, base: dict[str, Tensor]) -> dict[str, Fate]:
         check_init(rule["init"])
     gone = select(spec["drop"], base) if "drop" in spec else set()
     left = {name: tensor for name, tensor in base.items() if name not in gone}
-    frozen = select(spec["freeze"], left) if "freeze" in spec else set()
-    trained = select(spec["train"], left) if "train" in spec else set()
+    frozen = select(spec["freeze"], left, base) if "freeze" in spec else set()
+    trained = select(spec["train"], left, base) if "train" in spec else set()
     drawn: dict[str, dict] = {}
     for rule in spec.get("reinit", ()):
         if rule["match"].startswith("!") and rule["match"] not in left:
             raise Wrong("a rule begins with !")
-        for name in select(rule, left):
+        for name in select(rule, left, base):
             if name in drawn:
                 raise Wrong(f"two reinit rules claim {name}")
             drawn[name] = rule

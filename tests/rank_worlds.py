@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -32,20 +33,26 @@ class Zygote:
         command = [sys.executable, "-m", "tests.rank_worlds"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def run(self, ranks: int, kill: tuple[int, int] | None = None, **arguments: Any) -> list[dict[str, Any]]:
-        """Rewrite in so many processes.
+    def run(
+        self, ranks: int, kill: tuple[int, int] | None = None, call: str = "rewrite", **arguments: Any
+    ) -> list[dict[str, Any]]:
+        """Call a function of ckptsurg in so many processes.
 
         Args:
             ranks: How many.
             kill: Which rank is killed, and before the how manieth of its moments, from 0; None for none.
-            arguments: Of ``ckptsurg.rewrite``.
+            call: The function, ``rewrite`` or ``verify``.
+            arguments: Its arguments.
 
         Returns:
-            Of each rank its exit code, negative the signal; how many moments it had; what it said.
+            Of each rank its exit code, negative the signal; how many moments it had, and bytes it read; what it said;
+            as JSON what the function returned.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"ranks": ranks, "kill": kill, "arguments": arguments}) + "\n")
+        self._process.stdin.write(
+            json.dumps({"ranks": ranks, "kill": kill, "call": call, "arguments": arguments}) + "\n"
+        )
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
@@ -54,7 +61,7 @@ class Zygote:
 
 
 def _serve() -> None:
-    import torch.distributed  # noqa: F401 - once, for all runs
+    import torch.distributed.checkpoint  # noqa: F401 - once, for all runs
 
     from ckptsurg import journal, rewriting  # noqa: F401 - likewise
     from ckptsurg.ranks import process_group  # noqa: F401 - likewise
@@ -65,7 +72,7 @@ def _serve() -> None:
         sys.stdout.flush()
 
 
-def _forked(ranks: int, kill: list[int] | None, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+def _forked(ranks: int, kill: list[int] | None, call: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -75,7 +82,7 @@ def _forked(ranks: int, kill: list[int] | None, arguments: dict[str, Any]) -> li
         if (child := os.fork()) == 0:
             os.close(receiving)
             moment = kill[1] if kill is not None and kill[0] == rank else None
-            _rank(rank, ranks, port, moment, arguments, sending)
+            _rank(rank, ranks, port, moment, call, arguments, sending)
         os.close(sending)
         children.append((child, receiving))
     ended = []
@@ -87,25 +94,27 @@ def _forked(ranks: int, kill: list[int] | None, arguments: dict[str, Any]) -> li
     return ended
 
 
-def _rank(rank: int, ranks: int, port: int, moment: int | None, arguments: dict[str, Any], sending: int) -> None:
+def _rank(
+    rank: int, ranks: int, port: int, moment: int | None, call: str, arguments: dict[str, Any], sending: int
+) -> None:
     import torch.distributed as dist
 
     import ckptsurg
 
-    count, code, said = _counted(moment), 0, []
+    count, code, said, result = _counted(moment), 0, [], ""
     logging.getLogger("ckptsurg").addHandler(_Listing(said))
     logging.getLogger("ckptsurg").setLevel(logging.INFO)
     try:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-        ckptsurg.rewrite(**arguments, group=dist.group.WORLD)
+        result = getattr(ckptsurg, call)(**arguments, group=dist.group.WORLD).to_json()
     except ckptsurg.CkptsurgError as error:
         code = error.exit_code
         said.append(f"{type(error).__name__}: {error}")
     except BaseException as error:
         code = 99
         said.append(repr(error))
-    os.write(sending, json.dumps({"moments": count(), "said": "\n".join(said)}).encode())
+    os.write(sending, json.dumps({**count(), "said": "\n".join(said), "result": result}).encode())
     os._exit(code)
 
 
@@ -118,8 +127,8 @@ class _Listing(logging.Handler):
         self._said.append(record.getMessage())
 
 
-def _counted(moment: int | None) -> Callable[[], int]:
-    """Count moments from now on, and be killed at one; how many there were."""
+def _counted(moment: int | None) -> Callable[[], dict[str, int]]:
+    """Count moments and bytes read from now on, and be killed at one; how many there were."""
     from ckptsurg import disk
     from ckptsurg.checkpoints import StoredFile
 
@@ -138,7 +147,13 @@ def _counted(moment: int | None) -> Callable[[], int]:
     for name in MOMENTS:
         setattr(disk, name, counting(getattr(disk, name)))
     StoredFile.fill = counting(StoredFile.fill)
-    return lambda: seen
+    before = _read_so_far()
+    return lambda: {"moments": seen, "read": _read_so_far() - before}
+
+
+def _read_so_far() -> int:
+    """Bytes that this process has read, as the kernel counts them."""
+    return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
 
 
 def contents(folder: Path) -> dict[str, bytes]:

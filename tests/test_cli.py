@@ -96,13 +96,48 @@ def test_rewrite_says_what_it_published(folder):
 def test_verify_says_what_drifted(folder):
     assert "28 frozen tensors verified" in run(folder, "verify", "out/freeze.json", "trained.safetensors").stdout
     text = run(folder, "verify", "out/freeze.json", "moved.safetensors", "--baseline", "out", code=1).stdout
-    assert text.startswith("FAILED") and "1 frozen tensor drifted, 27 verified" in text
+    assert "\nFAILED 1 frozen tensor drifted, 27 verified\n" in text and text.count("FAILED") == 1
     assert "bn.running_mean  changed  batchnorm_stats  8 elements, by up to 1, first at [0]" in text
     assert (
         "batchnorm_stats: running statistics are buffers" in text and "ckptsurg.freeze, which keeps the layer" in text
     )
     other = run(folder, "verify", "out/freeze.json", "base.safetensors", code=0).stdout
     assert "2 not in the manifest" not in other
+
+
+def test_verify_of_a_model_that_was_not_frozen_says_so_and_what_to_do(folder):
+    tensors = {name: one + 1 for name, one in load_file(folder / "out" / "model.safetensors").items()}
+    save_file(tensors, folder / "loose.safetensors")
+    lines = run(folder, "verify", "out", "loose.safetensors", code=1).stdout.splitlines()
+    assert lines[0].split() == ["tensor", "verdict"]
+    assert lines[-3:] == [
+        "FAILED all 28 frozen tensors drifted: was anything frozen? was this trained from this output?",
+        "hint: --baseline CKPT, the published output, shows where tensors differ and by how much",
+        "hint: train with ckptsurg.freeze and its guard (in Trainer, Lightning and Keras the FreezeCallback), "
+        "which stop the first wrong step; ckptsurg.watch only finds the cause",
+    ]
+    tensors["bn.weight"] -= 1
+    save_file(tensors, folder / "loose.safetensors")
+    text = run(folder, "verify", "out", "loose.safetensors", code=1).stdout
+    assert "\nFAILED 27 of 28 frozen tensors drifted: was anything frozen?" in text
+
+
+def test_verify_of_what_was_saved_in_another_dtype_says_what_to_do(folder):
+    tensors = {name: one.bfloat16() for name, one in load_file(folder / "out" / "model.safetensors").items()}
+    save_file(tensors, folder / "half.safetensors")
+    text = run(folder, "verify", "out", "half.safetensors", code=1).stdout
+    assert "dtype    expected F32 [8], found BF16 [8]" in text and "was anything frozen" not in text
+    advice = "hint: values in another dtype went through a cast: keep the published dtype in memory and in the file;"
+    assert advice in text and "ckptsurg.watch" not in text
+
+
+def test_a_cause_is_not_settled_in_one_word(folder):
+    tensors = load_file(folder / "moved.safetensors")
+    tensors["layers.0.weight"][0, 0] += 1
+    save_file(tensors, folder / "both.safetensors")
+    # What moves as one tensor does settles nothing of the other.
+    text = run(folder, "verify", "out", "both.safetensors", "--baseline", "out", "--markdown", "b.md", code=1).stdout
+    assert "not settled" in text + (folder / "b.md").read_text() and "unknown" not in text
 
 
 def test_verify_of_another_model_is_one_line(folder):
@@ -263,12 +298,14 @@ EXIT_CODES = {
     "FreezeError": 2,
     "CheckpointError": 3,
     "SystemFailure": 4,
+    "PeerFailed": 4,
     "FrozenWeightsChanged": 1,
 }
 PROBLEMS = "('spec.yaml', [errors.Problem('reinit[0]', 'it')])"
 ARGUMENTS = dict.fromkeys(EXIT_CODES, "('it')") | dict.fromkeys(
     ("DocumentError", "SpecError", "ManifestError"), PROBLEMS
 )
+ARGUMENTS["PeerFailed"] = "(3, 'it')"
 
 #: Whatever a command raises; the first is what libraries in Rust raise when they panic, which is no Exception.
 RAISED = {
@@ -365,6 +402,52 @@ def test_streams_that_are_closed_or_full_change_no_exit_code(folder):
 def test_help_is_laid_out(folder):
     text = run(folder, "--help").stdout
     assert "\\b" not in text and "Exit codes: 0 done" in text
+    # On a terminal of 80 columns no line goes on in the next, and no summary is cut.
+    assert max(map(len, text.splitlines())) <= 79
+    assert "..." not in text.partition("Commands:")[2]
+
+
+# --- Slips ------------------------------------------------------------------------------------------
+
+
+def test_what_was_typed_is_told_from_what_was_meant(folder, tmp_path):
+    def error(*arguments: object, place: Path = folder) -> str:
+        return run(place, *arguments, code=2).stderr
+
+    said = error("rewrite", "spec.yaml", "base.safetensors", "other")
+    assert said.endswith("Error: Missing option '-o' / '--output'. Write -o other\n")
+    assert error("rewrite", "spec.yaml", "base.safetensors").endswith("Missing option '-o' / '--output'.\n")
+    assert error("rewrite", "spec.yaml", "base.safetensors", "a", "b").endswith("Missing option '-o' / '--output'.\n")
+
+    for first, second in (("trained.safetensors", "out"), ("base.safetensors", "out/freeze.json")):
+        said = error("verify", first, second)
+        assert said.endswith(f"has no manifest\nhint: the manifest comes first: ckptsurg verify {second} {first}\n")
+    assert "comes first" not in error("verify", "trained.safetensors", "base.safetensors")
+
+    # As a shell hands over what stands for an unquoted `**` in a folder of files.
+    for name in ("data.csv", "notes.md", "run.sh", "train.py"):
+        (tmp_path / name).touch()
+    files = sorted(path.name for path in tmp_path.iterdir())
+    base, out = folder / "base.safetensors", folder / "out"
+    expanded = "the shell has put names of files in the place of a pattern"
+    said = error("inspect", base, *files, place=tmp_path)
+    assert said == f"error: {expanded}\nhint: quote the pattern, such as '**'\n"
+    assert f"Error: {expanded}: quote the" in error("verify", out, base, "--only", *files, place=tmp_path)
+    assert error("inspect", base, "nope", "nada", "nil", place=tmp_path).count("matches nothing") == 3
+    assert "unexpected extra arguments (nope nada nil)" in error("verify", out, base, "nope", "nada", "nil")
+
+
+@pytest.mark.parametrize(
+    ("root", "found"),
+    [("", "nothing"), ("blake3:12", '"blake3:12"'), ("0" * 64, f'"{"0" * 64}"'), ("blake3:" + "G" * 64, '"blake3:G')],
+    ids=["empty", "cut-short", "no-algorithm", "other-letters"],
+)
+def test_a_root_that_is_none_is_told_from_that_of_another_manifest(folder, root, found):
+    said = run(folder, "verify", "out", "trained.safetensors", "--root", root, code=2).stderr
+    assert said.startswith(f"error: the root: expected blake3: or sha256: with 64 digits from 0 to f, found {found}")
+    assert said.endswith("hint: `rewrite` prints it, and the manifest holds it\n")
+    other = run(folder, "verify", "out", "trained.safetensors", "--root", f"blake3:{'0' * 64}", code=2).stderr
+    assert other.endswith("hint: this is not the manifest that was pinned\n")
 
 
 # --- Terminals --------------------------------------------------------------------------------------
@@ -373,7 +456,7 @@ def test_help_is_laid_out(folder):
 def _on_a_terminal(folder: Path, *arguments: str) -> str:
     """What a terminal of 100 columns would be sent."""
     main, replica = pty.openpty()
-    command = [sys.executable, "-m", "ckptsurg", *arguments]
+    command = [sys.executable, *arguments]
     environment = os.environ | {"COLUMNS": "100", "TERM": "xterm-256color"}
     with subprocess.Popen(command, cwd=folder, stdout=replica, stderr=replica, env=environment) as process:
         os.close(replica)
@@ -391,11 +474,54 @@ def _on_a_terminal(folder: Path, *arguments: str) -> str:
     return b"".join(chunks).decode()
 
 
+def _screen(sent: str) -> list[str]:
+    """The lines that stand on a terminal at the end: of what rich sends, the cursor moves up and lines are cleared."""
+    lines, row, column = [""], 0, 0
+    for code, text in re.findall(r"(\x1b\[[?0-9;]*[A-Za-z]|[\r\n])|([^\x1b\r\n]+)", sent):
+        if text:
+            lines[row] = f"{lines[row][:column]:{column}}{text}{lines[row][column + len(text) :]}"
+            column += len(text)
+        elif code == "\r":
+            column = 0
+        elif code == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        elif code.endswith("A"):
+            row -= int(code[2:-1] or 1)
+        elif code.endswith("K"):
+            lines[row] = "" if code == "\x1b[2K" else lines[row][:column]
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+WORK = """
+import logging, sys
+from ckptsurg.cli.rendering import progress
+
+logging.basicConfig(format="%(message)s", level=logging.INFO)
+with progress("rewrite", after=float(sys.argv[1])) as advance:
+    advance = advance or (lambda done, total: None)
+    advance(10_000, 50_000)
+    logging.getLogger("ckptsurg").info("a note")
+    advance(20_000, 50_000)
+    logging.getLogger("ckptsurg").info("copied 50 kB")
+print("published    out")
+"""
+
+
+def test_progress_is_gone_before_anything_is_said(folder):
+    shown = _on_a_terminal(folder, "-c", WORK, "0")
+    assert shown.count("10.0/50.0 kB") and shown.count("20.0/50.0 kB")
+    assert _screen(shown) == ["a note", "copied 50 kB", "published    out"]
+
+
+def test_what_is_over_soon_shows_no_progress(folder):
+    assert _on_a_terminal(folder, "-c", WORK, "3600") == "a note\r\ncopied 50 kB\r\npublished    out\r\n"
+
+
 def test_progress_shows_on_a_terminal_alone(folder):
-    shown = _on_a_terminal(folder, "verify", "out/freeze.json", "trained.safetensors")
-    assert "\x1b[" in shown and "verify" in shown and "kB" in shown
-    done = run(folder, "verify", "out/freeze.json", "trained.safetensors")
-    assert done.stderr == "" and "\x1b" not in done.stdout
+    command = [sys.executable, "-c", WORK, "0"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert (done.stderr, done.stdout) == ("a note\ncopied 50 kB\n", "published    out\n")
 
 
 def test_names_cannot_write_to_the_terminal(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -83,26 +84,36 @@ _MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, int], list[str], lis
         lambda: transformers.BertForSequenceClassification(_bert(num_labels=3)),
         {"new_head": 7},
         ["!classifier"],
-        ['- "!bert.encoder.layer[-2:]"', "keep: true", 'drop: "bert.encoder.layer[-2:]"'],
+        ['- "!bert.encoder.layer[-2:]"', "keep: true", 'drop: {match: "bert.encoder.layer[1:3]", renumber: true}'],
     ),
     "bert-body": (
         lambda: transformers.BertModel(_bert()),
         {},
         [],
-        ['- "!encoder.layer[-2:]"', "add:", 'drop: "encoder.layer[-2:]"'],
+        ['- "!encoder.layer[-2:]"', "add:", 'drop: {match: "encoder.layer[1:3]", renumber: true}'],
     ),
-    "gpt2": (_gpt2, {}, [], ['- "!transformer.h[-2:]"', "add:", 'drop: "transformer.h[-2:]"']),
+    "gpt2": (_gpt2, {}, [], ['- "!transformer.h[-2:]"', "add:", 'drop: {match: "transformer.h[1:3]", renumber: true}']),
     "llama": (
         lambda: _llama(tied=False),
         {},
         ["!lm_head"],
-        ['- "!model.layers[-2:]"', "add:", 'drop: "model.layers[-2:]"'],
+        ['- "!model.layers[-2:]"', "add:", 'drop: {match: "model.layers[1:3]", renumber: true}'],
     ),
-    "llama-tied": (lambda: _llama(tied=True), {}, [], ['- "!model.layers[-2:]"', 'drop: "model.layers[-2:]"']),
+    "llama-tied": (
+        lambda: _llama(tied=True),
+        {},
+        [],
+        ['- "!model.layers[-2:]"', 'drop: {match: "model.layers[1:3]", renumber: true}'],
+    ),
     "vit": (_vit, {"new_head": 7}, ["!classifier"], ["keep: true"]),
     "resnet": (_resnet, {}, ["!classifier.1"], ["reinit:", '- "!**.bias"']),
     "t5": (_t5, {}, [], ['- "!decoder.block[-1:]"', '- "!encoder.block[-1:]"']),
-    "mixtral": (_mixtral, {}, ["!lm_head"], ['- "!model.layers[-2:]"', 'drop: "model.layers[-2:]"']),
+    "mixtral": (
+        _mixtral,
+        {},
+        ["!lm_head"],
+        ['- "!model.layers[-2:]"', 'drop: {match: "model.layers[1:3]", renumber: true}'],
+    ),
 }
 
 
@@ -180,12 +191,37 @@ def test_a_new_head_is_one_that_transformers_loads(saved, tmp_path):
 
 
 def test_the_example_that_drops_blocks_is_one_that_transformers_loads(saved, tmp_path):
-    pruned = dict(_examples(draft_spec(saved("llama"))))['drop: "model.layers[-2:]"']
+    pruned = dict(_examples(draft_spec(saved("llama"))))['drop: {match: "model.layers[1:3]", renumber: true}']
     (tmp_path / "spec.yaml").write_text(pruned)
+    assert ckptsurg.plan(tmp_path / "spec.yaml", saved("llama")).notes == ()
     ckptsurg.rewrite(tmp_path / "spec.yaml", saved("llama"), tmp_path / "out")
     model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(loading.values()), loading
     assert len(model.model.layers) == 2
+
+
+def test_the_example_that_drops_blocks_trims_the_lists_of_config_too(saved, tmp_path):
+    shutil.copytree(saved("llama"), tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "layer_types": ["a", "b", "c", "d"]}))
+    draft = draft_spec(tmp_path / "base")
+    pruned = yaml.safe_load(dict(_examples(draft))['drop: {match: "model.layers[1:3]", renumber: true}'])
+    assert pruned["config"] == {"set": {"num_hidden_layers": 2, "layer_types": ["a", "d"]}}
+    # Another example has a `config` too: the draft says that both have one.
+    assert len(re.findall("^#config:$", draft, re.M)) == 2
+    assert "`config` is written once, with the keys of both:" in " ".join(draft.replace("# ", "").split())
+    told = " ".join(draft_spec(saved("bert"), new_head=7).replace("# ", "").split())
+    assert "With it, set num_hidden_layers: 2 under `config`:" in told and "written once" not in told
+
+
+def test_what_was_named_is_remarked_and_no_example_takes_it_in(saved):
+    draft = draft_spec(saved("llama"), freeze_all_but="model.layers[-1:]")
+    assert '  - "!model.layers[-1:]"  # but for what you named, 9 tensors\n' in draft
+    assert "model.layers[-2:]" not in draft
+    assert '#- "!model.layers[-2:]"' in draft_spec(saved("llama"), freeze_all_but="model.norm")
+    draft = draft_spec(saved("bert"))
+    remark = "but for the head, 2 tensors: its name says so, and no later layer uses its outputs"
+    assert f'  - "!classifier"  # {remark}\n' in draft
 
 
 # --- What is told from names and shapes -------------------------------------------------------------

@@ -262,7 +262,10 @@ def test_free_rows_of_a_file(published):
     report = _verify(published, _train, lambda t: t.update({"words.weight": original}))
     assert report.drifted == () and report.untrained == ("words.weight",)
     one_more = torch.cat([original, torch.ones(1, 2)])  # what is appended was drawn, and trained or not: who knows
-    assert _verify(published, _train, lambda t: t.update({"words.weight": one_more})).ok
+    report = _verify(published, _train, lambda t: t.update({"words.weight": one_more}))
+    assert not report.ok and report.untrained == () and report.drifted == ()
+    assert [one.name for one in report.mismatched_trainable] == ["words.weight"]
+    assert ckptsurg.verify(published / "out", published / "trained.safetensors").ok
 
 
 def test_names_and_prefixes_lead_to_trainable_tensors_too(published):
@@ -288,6 +291,110 @@ def test_a_trained_tensor_in_a_wider_dtype(published):
     assert report.drifted == () and report.untrained == ("fc.weight",)
 
 
+# --- Other shapes and dtypes ------------------------------------------------------------------------
+
+
+def _of_other_shape(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["fc.weight"] = torch.ones(7, 4).bfloat16()
+
+
+def _narrowed(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["embed.weight"] = tensors["embed.weight"].bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "verdict", "expected", "found"),
+    [
+        (_of_other_shape, "fc.weight", "shape", "BF16 [3, 4]", "BF16 [7, 4]"),
+        (_narrowed, "embed.weight", "dtype", "F32 [5, 4]", "BF16 [5, 4]"),
+        (lambda t: t.update(steps=t["steps"].float()), "steps", "dtype", "I64 [2]", "F32 [2]"),
+    ],
+    ids=["another-head", "cast", "counter"],
+)
+def test_what_is_not_as_published_did_not_train_from_it(published, change, name, verdict, expected, found):
+    detail = {"expected": expected, "found": found}
+    _verify(published, _train, change)
+    for options, ok in (({}, True), ({"expect_trained": True}, False), ({"exact": True}, False)):
+        report = ckptsurg.verify(published / "out", published / "trained.safetensors", **options)
+        assert report.ok is ok and report.verified == 2 and not (report.drifted or report.untrained)
+        told = [(one.name, one.verdict, one.detail) for one in report.mismatched_trainable]
+        assert told == [(name, verdict, detail)]
+        if not ok:
+            head = rf"1 trainable tensor has another {verdict} than the manifest's:\n  {name} \(expected "
+            with pytest.raises(ckptsurg.FrozenWeightsChanged, match=head):
+                report.raise_if_changed()
+
+
+def test_a_base_with_another_head_is_not_what_was_trained(published):
+    """What freezing leaves out is in the base and in the output: digests alone do not tell the two apart."""
+    base = load_file(published / "base.safetensors")
+    spec = {"version": 1, "freeze": ["**", "!fc"], "reinit": [{"match": "fc", "shape": {0: 7}, "init": "zeros"}]}
+    manifest = ckptsurg.rewrite(spec, published / "base.safetensors", published / "seven")
+    report = ckptsurg.verify(manifest, published / "base.safetensors", root=manifest.root)
+    assert report.ok and [one.name for one in report.mismatched_trainable] == ["fc.weight"]
+    assert not ckptsurg.verify(manifest, base, expect_trained=True).ok
+    assert not ckptsurg.verify(manifest, base, exact=True).ok
+    grown = ckptsurg.rewrite(
+        {
+            "version": 1,
+            "freeze": ["**", {"match": "embed", "rows": "[:5]"}],
+            "reinit": [{"match": "embed", "shape": {0: 8}, "keep": True, "init": "zeros"}],
+        },
+        published / "base.safetensors",
+        published / "grown",
+    )
+    report = ckptsurg.verify(grown, base, expect_trained=True)
+    assert not report.ok and report.drifted == () and report.untrained == ()
+    assert [one.name for one in report.mismatched_trainable] == ["embed.weight"]
+
+
+def test_a_copy_of_the_same_values_in_another_dtype_did_not_train(published):
+    report = _verify(published, _narrowed)
+    assert not report.ok and [one.name for one in report.mismatched_trainable] == ["embed.weight"]
+    assert report.untrained == ("fc.weight", "lm_head.weight", "words.weight")
+
+
+def test_of_a_frozen_tensor_that_lost_rows_it_is_said_once(published):
+    report = _verify(published, _train, lambda t: t.update({"words.weight": t["words.weight"][:3].clone()}))
+    assert [(one.name, one.verdict) for one in report.drifted] == [("words.weight", "shape")]
+    assert report.mismatched_trainable == () and report.untrained == ()
+    report = _verify(published, _train, lambda t: t.pop("words.weight"))
+    assert [(one.name, one.verdict) for one in report.drifted] == [("words.weight", "missing")]
+    assert report.untrained == ()
+
+
+def test_a_live_model_with_another_head_is_warned_of(model, manifest):
+    frozen = ckptsurg.freeze(model, manifest)
+    frozen.release()
+    model.fc = nn.Linear(4, 7)
+    said = (
+        r"not as published, but trainable, .*: fc\.bias \(expected F32 \[3\], found F32 \[7\]\), "
+        r"fc\.weight \(expected F32 \[3, 4\], found F32 \[7, 4\]\); where they were not resized on purpose"
+    )
+    with pytest.warns(UserWarning, match=said) as caught:
+        frozen = ckptsurg.freeze(model, manifest)
+    assert [one.filename for one in caught] == [__file__]
+    with pytest.warns(UserWarning, match=said) as caught, ckptsurg.watch(model, manifest=manifest):
+        pass
+    assert [one.filename for one in caught] == [__file__]
+    assert frozen.verify().ok and not frozen.verify(expect_trained=True).ok
+
+
+def test_the_command_line_says_what_is_not_as_published(published):
+    _verify(published, _train, _of_other_shape)
+    said = "1 trainable tensor has another shape than the manifest's"
+    text = _run(published, code=0)
+    assert text.startswith("ok     2 frozen tensors verified: every one has its bits (nothing pins the manifest)\n")
+    assert f"\n{said}: fc.weight (expected BF16 [3, 4], found BF16 [7, 4])\nhint: train from the published " in text
+    for option in ("--expect-trained", "--exact"):
+        assert _run(published, option, code=1).startswith(f"FAILED {said}; 2 frozen tensors verified\n")
+    document = json.loads(_run(published, "--json", code=0))
+    from ckptsurg.schemas import schema
+
+    jsonschema.validate(document, schema("report"))
+    assert [one["name"] for one in document["mismatched_trainable"]] == ["fc.weight"]
+
+
 # --- Command line -----------------------------------------------------------------------------------
 
 
@@ -302,14 +409,17 @@ def _run(folder: Path, *arguments: object, code: int) -> str:
 def test_the_command_line_says_what_did_not_move(published):
     _verify(published, _train, lambda t: t.pop("fc.weight"))
     text = _run(published, "--expect-trained", code=1)
-    assert text.startswith("FAILED 2 frozen tensors verified, but 1 trainable tensor did not move\n")
-    assert "1 tensor trainable, and did not move: fc.weight" in text
+    assert text.startswith("FAILED 1 trainable tensor is missing; 2 frozen tensors verified\n")
+    assert "1 trainable tensor is missing: fc.weight\n" in text and "did not move" not in text
     assert "did not move" not in _run(published, code=0)
     _verify(published)
     text = _run(published, "--expect-trained", code=1)
-    assert "4 tensors trainable, and did not move: embed.weight, fc.weight, lm_head.weight, words.weight" in text
+    assert text.startswith("FAILED 4 trainable tensors did not move; 2 frozen tensors verified\n")
+    assert "4 trainable tensors did not move: embed.weight, fc.weight, lm_head.weight, words.weight\n" in text
+    assert "hint: build the optimizer of frozen.trainable_parameters(), and verify what it trained\n" in text
     _verify(published, _train)
-    assert _run(published, "--expect-trained", code=0).startswith("ok     2 frozen tensors verified")
+    text = _run(published, "--expect-trained", code=0)
+    assert text.startswith("ok     2 frozen tensors verified: every one has its bits; what trains has moved (")
 
 
 def test_json_has_the_names_only_if_it_was_asked(published):
@@ -332,4 +442,4 @@ def test_both_halves_at_the_command_line(published):
     _verify(published, lambda t: t["body.weight"].add_(1))
     text = _run(published, "--expect-trained", "--baseline", "out", code=1)
     assert "1 frozen tensor drifted" in text and "body.weight  changed" in text
-    assert "4 tensors trainable, and did not move" in text
+    assert "4 trainable tensors did not move: " in text

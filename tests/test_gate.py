@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -251,6 +252,9 @@ def _write(path: Path, **changes: torch.Tensor | None) -> None:
         ({"more": torch.ones(2)}, ["--exact"], 1, {"exactly the manifest's tensors"}),
         ({"fc.bias": None}, ["--exact"], 1, {"exactly the manifest's tensors"}),
         ({}, ["--exact"], 0, set()),
+        ({"fc.bias": torch.ones(3)}, [], 0, set()),
+        ({"fc.bias": torch.ones(3)}, ["--exact"], 1, {"exactly the manifest's tensors"}),
+        ({"fc.bias": torch.ones(3)}, ["--expect-trained"], 1, {"trainable tensors that moved"}),
         ({}, ["--expect-trained"], 1, {"trainable tensors that moved"}),
         ({"body.0.bias": None}, [], 1, {"body.0.bias"}),
         ({"body.0.bias": "wide"}, [], 1, {"body.0.bias"}),
@@ -270,8 +274,12 @@ def test_there_are_failures_where_the_exit_code_says_so_and_no_others(folder, tm
     text = (tmp_path / "s.md").read_text()
     assert ("### Frozen weights: ok" in text) == (code == 0)
     if "more" in changes:
-        assert "1 tensor not in the manifest:\n  more" in (suite.findtext("system-out") or "")
-        assert "- 1 tensor not in the manifest: `more`" in text
+        assert "1 tensor is not in the manifest:\n  more" in (suite.findtext("system-out") or "")
+        assert "- 1 tensor is not in the manifest: `more`" in text
+    if "fc.bias" in changes and changes["fc.bias"] is not None:
+        told = "fc.bias (expected F32 [4], found F32 [3])"
+        assert f"another shape than the manifest's:\n  {told}" in (suite.findtext("system-out") or "")
+        assert f"`{told}`" in text and "| trainable, another shape or dtype | 1 |" in text
     if "--allow-widened" in options:
         assert "- 1 tensor in a wider dtype, which was accepted: `body.0.bias`" in text
 
@@ -296,7 +304,7 @@ def test_hostile_names_are_text_in_a_summary(hostile, tmp_path):
     assert not kinds & {"html_inline", "html_block", "link_open", "image", "fence", "s_open", "em_open", "code_block"}
     assert sum(token.type == "heading_open" for token in _tokens(text)) == 1
     _, drifted = _tables(text)
-    assert len(drifted) == len(HOSTILE) and {len(row) for row in drifted} == {4}
+    assert len(drifted) == len(HOSTILE) and {len(row) for row in drifted} == {3}
     shown = [row[0] for row in drifted]
     assert "a\\x7cb" in shown and "<img src=x onerror=alert(1)>" in shown and "é/中.文" in shown
     assert not re.search("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "".join(shown))
@@ -529,14 +537,41 @@ def _action(place: Path, folder: Path, **inputs: str) -> tuple[Runner, Done]:
 def test_the_action_passes_what_is_held(folder, tmp_path):
     _, done = _action(tmp_path, folder, checkpoint="held")
     assert done.ok and done.ran == ["install", "verify"]
-    assert {key: done.outputs[key] for key in ("ok", "verified", "drifted")} == {
-        "ok": "true",
-        "verified": "9",
-        "drifted": "0",
-    }
+    found = {key: done.outputs[key] for key in ("ok", "verified", "drifted", "relied-on")}
+    assert found == {"ok": "true", "verified": "9", "drifted": "0", "relied-on": "nothing"}
+    assert re.findall("^::.*", done.log, re.MULTILINE) == [
+        "::warning title=Frozen weights::nothing pins the manifest, which could be another; give root or attestation"
+    ]
     assert "### Frozen weights: ok" in done.summary
     assert Report.model_validate_json(Path(done.outputs["report"]).read_text()).ok
     assert not _drifted(Path(done.outputs["junit"]))
+
+
+def test_the_action_says_what_pins_the_manifest(folder, tmp_path):
+    manifest = ckptsurg.load_manifest(folder / "out")
+    given = {"checkpoint": "held", "root": manifest.root, "require-pinned": "true"}
+    _, done = _action(tmp_path / "pinned", folder, **given)
+    assert done.ok and done.outputs["relied-on"] == "pinned"
+    assert "every frozen tensor has its bits: 9 verified; the manifest is pinned\n" in done.log
+    assert "::" not in done.log
+    statement = tmp_path / "statement.json"
+    statement.write_bytes(ckptsurg.attest(folder / "out", folder / "out"))
+    given = {**given, "root": "", "attestation": str(statement)}
+    _, done = _action(tmp_path / "attested", folder, **given)
+    assert done.ok and done.outputs["relied-on"] == "signed" and "that of the statement\n" in done.log
+
+
+NO_ROOT = "the root: expected blake3: or sha256: with 64 digits from 0 to f, found nothing"
+
+
+def test_the_action_does_not_pass_what_had_to_be_pinned_and_is_not(folder, tmp_path):
+    _, done = _action(tmp_path, folder, checkpoint="held", root="", **{"require-pinned": "true"})
+    assert (done.ok, done.code) == (False, 2)
+    assert (done.outputs["ok"], done.outputs["relied-on"]) == ("false", "nothing")
+    assert f"error: {NO_ROOT}" in done.log and "::error title=Frozen weights::not verified" in done.log
+    assert f"    {NO_ROOT}\n" in done.summary
+    [found] = _suite(Path(done.outputs["junit"]).read_bytes()).findall("testcase/error")
+    assert found.get("message") == NO_ROOT
 
 
 def test_the_action_fails_what_drifted_and_its_summary_says_why(folder, tmp_path):
@@ -554,7 +589,8 @@ def test_the_action_fails_what_drifted_and_its_summary_says_why(folder, tmp_path
 def test_the_action_fails_what_it_cannot_verify(folder, tmp_path):
     _, done = _action(tmp_path, folder, checkpoint="nowhere")
     assert (done.ok, done.code) == (False, 2)
-    assert {**done.outputs, "junit": ""} == {"ok": "false", "verified": "0", "drifted": "0", "report": "", "junit": ""}
+    nothing = {"ok": "false", "verified": "0", "drifted": "0", "relied-on": "nothing", "report": "", "junit": ""}
+    assert {**done.outputs, "junit": ""} == nothing
     assert "### Frozen weights: not verified" in done.summary and "nowhere: no such" in done.log
     assert len(_suite(Path(done.outputs["junit"]).read_bytes()).findall("testcase/error")) == 1
 
@@ -586,13 +622,13 @@ def test_no_name_of_a_tensor_is_a_command_to_the_runner(hostile, tmp_path):
 NETWORK = ("Install", "Fetch the base", "Upload")
 
 
-def _release(folder: Path, place: Path, train: str) -> dict[str, Done]:
+def _release(folder: Path, place: Path, train: str, workflow: Any = None) -> dict[str, Done]:
     """Run the jobs of the example in their order, each on a machine of its own, as long as those before it passed."""
     (place / "repository").mkdir(parents=True)
     (place / "repository" / "spec.yaml").write_text(SPEC)
     (place / "repository" / "train.py").write_text(train)
     shutil.copytree(folder / "base", place / "repository" / "base")
-    workflow = load(ROOT / "examples" / "release.yml")
+    workflow = workflow or load(ROOT / "examples" / "release.yml")
     done: dict[str, Done] = {}
     for name, job in workflow["jobs"].items():
         needs = job.get("needs", [])
@@ -623,12 +659,20 @@ def test_the_example_releases_what_was_held(folder, tmp_path):
     done = _release(folder, tmp_path, HELD)
     assert {name: one.ok for name, one in done.items()} == dict.fromkeys(("surgery", "train", "gate", "release"), True)
     assert done["surgery"].outputs["root"] == ckptsurg.load_manifest(folder / "out").root
-    assert "**9 frozen tensors verified: every one has its bits**" in done["gate"].summary
-    assert "the manifest is pinned" in done["gate"].summary
+    assert "**9 frozen tensors verified: every one has its bits; what trains has moved**" in done["gate"].summary
+    assert "the manifest is pinned" in done["gate"].summary and "the manifest is pinned\n" in done["gate"].log
     statement = json.loads((tmp_path / "release" / "workspace" / "gate" / "verified.json").read_text())
     assert statement["predicate"]["ok"] and statement["predicate"]["relied_on"] == "pinned"
     assert [one["name"] for one in statement["subject"]] == ["model.safetensors"]
     assert (tmp_path / "release" / "workspace" / "trained" / "model.safetensors").is_file()
+
+
+def test_the_example_does_not_release_what_nothing_pins(folder, tmp_path):
+    workflow = load(ROOT / "examples" / "release.yml")
+    del workflow["jobs"]["surgery"]["outputs"]["root"]
+    done = _release(folder, tmp_path, HELD, workflow)
+    assert {name: one.ok for name, one in done.items()} == {"surgery": True, "train": True, "gate": False}
+    assert f"error: {NO_ROOT}" in done["gate"].log
 
 
 def test_the_example_does_not_release_what_drifted(folder, tmp_path):

@@ -129,7 +129,7 @@ def test_why_a_tensor_has_its_fate(folder: Path) -> None:
         ("rename[0]", "takes", True),
     ]
     shown = run(folder, "plan", "spec.yaml", "base", "--explain", "body.0.weight").stdout
-    assert "body.0.weight  F16 [4, 2]  cast, frozen  trunk.0.weight" in shown
+    assert "body.0.weight -> trunk.0.weight  F16 [4, 2]  cast, frozen" in shown
     assert "  * cast[1]  body.0  takes it" in shown
     done = run(folder, "plan", "spec.yaml", "base", "--explain", "body.0.weigth", code=2)
     assert 'has no tensor "body.0.weigth"' in done.stderr and "body.0.weight" in done.stderr

@@ -176,6 +176,16 @@ TYPOS = {
         "spec.yaml:3: reinit[0].init: step: I64 cannot be drawn; only F64, F32, C64, BF16, F16, F8_E5M2, "
         "F8_E5M2FNUZ, F8_E4M3, F8_E4M3FNUZ can",
     ),
+    "a bias drawn as its weight is": (
+        "version: 1\nreinit:\n  - {match: fc, init: xavier_uniform}\n",
+        "spec.yaml:3: reinit[0].init: fc.bias: xavier_uniform draws tensors of 2 or more dimensions, this one has "
+        "1: [5]; give it a rule of its own, or write `init: default`",
+    ),
+    "a bias that is drawn alone": (
+        "version: 1\nreinit:\n  - {match: fc.bias, init: xavier_uniform}\n",
+        "spec.yaml:3: reinit[0].init: fc.bias: xavier_uniform draws tensors of 2 or more dimensions, this one has "
+        "1: [5]",
+    ),
     "an added name that exists": (
         "version: 1\nadd:\n  - {name: fc.bias, shape: [2], dtype: F32, init: zeros}\n",
         'spec.yaml:3: add[0].name: "fc.bias" is a tensor that the base has; draw it anew under reinit, or drop it',

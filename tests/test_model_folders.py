@@ -148,8 +148,11 @@ def test_a_model_that_is_left_as_it_is_has_no_notes(folders: Path) -> None:
 
 
 def test_gaps_are_told_with_the_key_that_closes_them(folders: Path) -> None:
-    notes = ckptsurg.plan({"version": 1, "drop": "model.layers[1]"}, folders / "llama").notes
-    assert any("model.layers has no 1, and goes on to 3" in note and "renumber: true" in note for note in notes)
+    notes = ckptsurg.plan({"version": 1, "drop": ["lm_head", "model.layers[1]"]}, folders / "llama").notes
+    assert (
+        "model.layers has no 1, and goes on to 3: a model counts its blocks from 0, so that the folder does not load "
+        'whole; drop: {match: "model.layers[1]", renumber: true}'
+    ) in notes
 
 
 def test_objects_in_a_config_and_lists_of_blocks(folders: Path, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import ckptsurg
+from ckptsurg.matching import Names
 from ckptsurg.planning.output_names import renumbered
 
 NAMES = (
@@ -66,6 +69,111 @@ def test_what_is_left_keeps_its_order_and_counts_from_the_first(gone: set[int], 
     left = [f"m/{number}.w" for number in blocks]
     new = renumbered(left, [f"m/{number}.w" for number in gone])
     assert [new.get(name, name) for name in left] == [f"m/{place}.w" for place in range(len(blocks))]
+
+
+# --- Patterns speak of the base ------------------------------------------------------------------------
+
+
+@given(st.data(), st.integers(1, 9))
+def test_a_slice_counts_what_is_dropped_and_selects_what_is_left(data: st.DataObject, count: int) -> None:
+    """Against Python's own slice of the base's blocks."""
+    left = data.draw(st.sets(st.integers(0, count - 1), min_size=1))
+    bound = st.none() | st.integers(-count, count)
+    start, stop, step = data.draw(st.tuples(bound, bound, st.sampled_from([None, 1, 2, 3, -1, -2])))
+    text = ":".join("" if part is None else str(part) for part in (start, stop, step))
+    base = Names(f"m/{number}.w" for number in range(count))
+    [(_, found)] = base.part(f"m/{number}.w" for number in sorted(left)).match(f"m[{text}]")
+    assert set(found) == {f"m/{number}.w" for number in range(count)[start:stop:step] if number in left}
+
+
+@pytest.mark.parametrize("renumber", [True, False])
+def test_the_last_block_is_the_last_of_the_base_under_every_key(base: Path, renumber: bool) -> None:
+    spec = {
+        "drop": [{"match": "h[1:3]", "renumber": renumber}],
+        "train": ["h[-1:].attn", "h[-3:].moe.experts[1]"],
+        "reinit": [{"match": "h[-1].moe.experts[0]", "init": "ones"}],
+        "cast": [{"match": "h[2:]", "dtype": "BF16"}],
+        "rename": [{"match": "h[-1:].attn", "to": "h.*.self_attn"}],
+    }
+    new = "h.1" if renumber else "h.3"
+    output = {tensor.output_name: tensor for tensor in ckptsurg.plan({"version": 1, **spec}, base).output}
+    drawn = [f"{new}.moe.experts.0.w"]
+    attention = [f"{new}.self_attn.{part}_proj.weight" for part in "qkv"]
+    assert [name for name, one in output.items() if one.action == "reinit"] == drawn
+    trained = {name for name, one in output.items() if not one.frozen}
+    assert trained == {*drawn, *attention, f"{new}.moe.experts.1.w"}
+    last = [*attention, *(f"{new}.moe.experts.{e}.w" for e in range(3))]
+    assert {name for name, one in output.items() if one.dtype == "BF16"} == set(last)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("h[-2:-1]", '"!h[-2:-1]" matches nothing that is left: `drop` takes what it matches (6 tensors)'),
+        ("h[4]", '"!h[4]": [4] is out of range: "h" has children 0..3'),
+        (
+            "h.1",
+            '"!h.1" matches nothing that is left: `drop` takes what it matches (6 tensors); '
+            "names are the base's, and what the output calls h.1 is h.3",
+        ),
+        ("embed", '"!embed" matches nothing; names are the base\'s, and what the output calls embed is wte'),
+        ("embde", '"!embde" matches nothing; at that place there are: h, ln_f, wte'),
+    ],
+)
+def test_what_a_pattern_says_of_blocks_that_are_gone(base: Path, pattern: str, said: str) -> None:
+    drop = {"match": "h[1:3]", "renumber": True}
+    spec = {"drop": drop, "freeze": ["**", f"!{pattern}"], "rename": [{"match": "wte", "to": "embed"}]}
+    assert refusal(spec, base) == f"spec: freeze[1]: {said}"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("[-1:]", '[-1:] counts from the end, but "net" has children 0..1, 4..6, with gaps; {}: "net.6"'),
+        ("[-4]", '[-4] counts from the end, but "net" has children 0..1, 4..6, with gaps; {}: "net.1"'),
+        ("[-3:-1]", '[-3:-1] counts from the end, but "net" has children 0..1, 4..6, with gaps; {}: "net.{{4..5}}"'),
+        ("[1:-2]", '[1:-2] counts from the end, but "net" has children 0..1, 4..6, with gaps; {}: "net.{{1,4}}"'),
+        ("[::2]", '[::2] has a step, but "net" has children 0..1, 4..6, with gaps; {}: "net.{{0,4,6}}"'),
+        ("[-9]", '[-9] counts from the end, but "net" has children 0..1, 4..6, with gaps; {}'),
+    ],
+)
+def test_gaps_of_the_base_are_ambiguous_and_the_advice_is_what_was_asked(tmp_path: Path, given: str, said: str) -> None:
+    save_file({f"net.{n}.w": torch.zeros(1) for n in (0, 1, 4, 5, 6)}, tmp_path / "x.safetensors")
+    message = refusal({"freeze": f"net{given}"}, tmp_path / "x.safetensors")
+    assert message == f'spec: freeze: "net{given}": ' + said.format("name those you mean")
+
+
+def test_a_name_of_two_tensors_is_explained_for_both(base: Path) -> None:
+    spec = {"version": 1, "drop": [{"match": "h[1:3]", "renumber": True}], "freeze": ["**", "!h[-1:].attn"]}
+    found = ckptsurg.explain(spec, base, "h.1.attn.q_proj.weight")
+    assert (found.tensor.action, [one.rule for one in found.reasons]) == ("drop", ["drop[0]"])
+    assert found.also is not None and found.also.tensor.name == "h.3.attn.q_proj.weight"
+    assert [(one.rule, one.decides) for one in found.also.reasons] == [("freeze[0]", False), ("freeze[1]", True)]
+    alone = ckptsurg.explain(spec, base, "h.3.attn.q_proj.weight")
+    assert alone.also is None and alone.to_json() == found.also.to_json()
+
+
+def test_a_plan_shows_what_blocks_become_called(base: Path) -> None:
+    spec = base.with_name("spec.yaml")
+    spec.write_text('version: 1\ndrop: {match: "h[1:3]", renumber: true}\nfreeze: ["**", "!h.3"]\n')
+    command = [sys.executable, "-m", "ckptsurg", "plan", str(spec), str(base)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    [row] = [line for line in lines if "!h.3" in line]
+    assert row.split()[-3:] == ["h.3...", "->", "h.1..."]
+    name = "h.1.attn.q_proj.weight"
+    shown = subprocess.run([*command, "--explain", name], capture_output=True, text=True, check=True).stdout
+    assert shown == (
+        f"{name}  F32 [3, 2]  dropped\n"
+        "  * drop  h[1:3]  takes it\n"
+        f"\nwhat is called {name} in the output is another tensor:\n"
+        f"h.3.attn.q_proj.weight -> {name}  F32 [3, 2]  trains\n"
+        "    freeze[0]  **  takes it\n"
+        "  * freeze[1]  !h.3  gives it away\n"
+        "  * is what counts: in a list the last one does\n"
+    )
+
+
+# --- What is refused -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,142 @@ def test_the_page_of_a_plan_is_the_plan(browser, folder):
     }
 
 
+@pytest.fixture(scope="module")
+def closed_up(folder, tmp_path_factory):
+    """A model folder that loses two of its four blocks, and the spec by which it does."""
+    place = tmp_path_factory.mktemp("closed")
+    (place / "base").mkdir()
+    save_file(load_file(folder / "base.safetensors"), place / "base" / "model.safetensors")
+    (place / "base" / "config.json").write_text('{"model_type": "x", "num_hidden_layers": 4, "use_cache": true}')
+    spec = {
+        "version": 1,
+        "drop": {"match": "layers[1:3]", "renumber": True},
+        "freeze": ["**", "!layers[-1:].attn"],
+        "rename": [{"match": "head", "to": "score"}, {"match": "layers[0].norm", "to": "layers.*.ln"}],
+        "add": [{"name": "layers.1.adapter.weight", "shape": [2, 8], "dtype": "F32", "init": "zeros"}],
+        "config": {"set": {"num_hidden_layers": 2, "text.types": ["a"]}, "unset": ["use_cache"]},
+    }
+    (place / "spec.json").write_text(json.dumps(spec))
+    ckptsurg.rewrite(place / "spec.json", place / "base", place / "out")
+    return place
+
+
+def test_a_plan_shows_the_bases_blocks_each_once_and_what_they_become(browser, closed_up):
+    browser.look(width=1280)
+    browser.open(_page(closed_up, "plan.html", "spec.json", "base"))
+    plan = ckptsurg.plan(closed_up / "spec.json", closed_up / "base")
+    rows = _rows(browser, "#map tbody tr")
+    assert {row[0]: (row[3], row[4]) for row in rows} == {
+        "embed": ("1", "frozen"),
+        "head → score": ("1", "frozen"),
+        "layers.0": ("11", "frozen"),
+        "layers.1": ("11", "dropped"),
+        "layers.2": ("11", "dropped"),
+        "layers.3 → layers.1": ("12", "frozen + trains + added"),
+    }
+    assert sum(int(row[3]) for row in rows) == len(plan.tensors) and len(rows) == 6
+    assert "layers.3 → layers.1" in _texts(browser, "summary .name") and "layers.{1..2}" in _texts(
+        browser, "summary .name"
+    )
+    assert _fact(browser, "renamed") == str(plan.counts["rename"]) == "13"
+    assert _rows(browser, "#renamed tbody tr") == [
+        ["head", "→ score"],
+        ["layers.0.norm", "→ layers.0.ln"],
+        ["layers.3", "→ layers.1"],
+    ]
+    assert _rows(browser, "#edits tbody tr") == [
+        ["num_hidden_layers", "2"],
+        ["text.types", '["a"]'],
+        ["use_cache", "goes"],
+    ]
+    assert _texts(browser, ".note") == list(plan.notes)
+
+
+def test_all_blocks_that_move_together_are_one_group_with_one_arrow(tmp_path):
+    save_file({f"h.{i}.w": torch.ones(2) for i in range(6)}, tmp_path / "base.safetensors")
+    spec = {"version": 1, "freeze": "**", "drop": {"match": "h[:2]", "renumber": True}}
+    page = of_plan(ckptsurg.plan(spec, tmp_path / "base.safetensors"), of=OF)
+    assert [(one.label, one.to) for one in page.map.contents] == [("h.{0..1}", None), ("h.{2..5}", "h.{0..3}")]
+    assert [bar.to for bar in page.map.bars] == [None, None, "h.0", "h.1", "h.2", "h.3"]
+
+
+def test_a_diff_with_an_output_that_closed_up_says_so(browser, closed_up):
+    browser.open(_page(closed_up, "d.html", "base", "out", code=1))
+    [note] = _texts(browser, ".note")
+    assert note == (
+        "13 tensors of the first are called otherwise in the second, as its manifest says: head -> score, "
+        "layers.0.norm -> layers.0.ln, layers.3 -> layers.1. Here tensors of one name are compared, whatever they "
+        "were called"
+    )
+    [told] = [text for text in _texts(browser, "section p") if text.startswith("Tensors by relative change")]
+    compared = sum(int(row[1]) for row in _rows(browser, "#histogram tbody tr"))
+    assert told.startswith(f"Tensors by relative change: {compared} of 49 tensors; the others are not in both")
+    assert "cause" not in _texts(browser, "#differences th") and "-" in _texts(browser, "td.removed")
+    assert "+" in _texts(browser, "td.added")
+
+
+def test_a_cast_of_what_trains_is_no_training(browser, folder, tmp_path):
+    tensors = load_file(folder / "out" / "model.safetensors")
+    tensors["layers.3.norm.weight"] = tensors["layers.3.norm.weight"].bfloat16()  # with fewer bits: other values
+    tensors["layers.3.experts.0.up.weight"] = tensors["layers.3.experts.0.up.weight"].double()  # the same values
+    tensors["layers.3.experts.1.up.weight"] += 1
+    save_file(tensors, tmp_path / "trained.safetensors")
+    page = tmp_path / "v.html"
+    _run(folder / "out", tmp_path / "trained.safetensors", "-o", page)
+    browser.open(page)
+    assert _fact(browser, "moved") == "1 of 10"
+    assert [row[0] for row in _rows(browser, "#trained tbody tr")] == ["layers.3.experts.1.up.weight"]
+    assert "1 trainable tensor has another dtype than the manifest's" in _texts(browser, "h2")
+    trained = {row[0]: int(row[3]) for row in _rows(browser, "#histogram tbody tr")}
+    assert sum(trained.values()) == 9 and trained["not at all"] == 8
+    told = _run(folder / "out", tmp_path / "trained.safetensors", "-o", page, "--overwrite", "--exact", code=1)
+    assert told.startswith("All 34 frozen tensors kept every bit, but 1 trainable tensor has another dtype")
+
+
+def test_the_legend_shows_each_cell_as_it_is(browser, folder):
+    """Sign, frame and colour: those of a cell and those of the legend, as the browser has computed them."""
+    styles = (
+        "Object.fromEntries([...document.querySelectorAll({!r})].map(one => [one.className.split(' ')[1] + "
+        "one.textContent, [getComputedStyle(one).boxShadow, getComputedStyle(one).color]]))"
+    )
+    for kind in ("verify", "diff"):
+        browser.open(_page(folder, f"{kind}.html", *PAGES[kind], code=1))
+        legend, cells = (
+            browser.evaluate(styles.format(one)) for one in (".legend .cell:not(.s0,.s1,.s2,.s3,.s4)", "td.cell")
+        )
+        shared = legend.keys() & cells.keys()
+        assert len(shared) >= 3 and {one: legend[one] for one in shared} == {one: cells[one] for one in shared}
+    assert _texts(browser, ".kind") == ["Two checkpoints"]
+
+
+def test_names_break_between_their_parts_and_wide_pages_show_them_whole(browser, tmp_path):
+    name = "a_module_with_a_long_name.another_of_that_kind.and_one_more_of_them.weight_of_it"
+    save_file({name: torch.ones(4)}, tmp_path / "base.safetensors")
+    save_file({name: torch.zeros(4)}, tmp_path / "new.safetensors")
+    page = _page(tmp_path, "d.html", "base.safetensors", "new.safetensors", code=1)
+    browser.look(width=1280)
+    browser.open(page)
+    assert browser.evaluate(
+        "[...document.querySelectorAll('.heat th[scope=row]')].every(one => one.scrollWidth <= one.clientWidth)"
+    )
+    browser.look(width=390)
+    browser.open(page)
+    lines = browser.evaluate(
+        """(() => { const found = []; let top = null;
+          const cell = document.querySelector("#differences th.name");
+          for (const node of cell.childNodes) {
+            if (node.nodeType !== 3) continue;
+            const range = document.createRange(); range.selectNodeContents(node);
+            if (range.getClientRects().length > 1) return ["broken", node.data];
+            const y = range.getBoundingClientRect().top;
+            if (y === top) found[found.length - 1] += node.data; else found.push(node.data);
+            top = y; }
+          return found; })()"""
+    )
+    assert "".join(lines) == name and len(lines) > 1 and all(line[-1] in "._" for line in lines[:-1])
+    browser.look(width=1280)
+
+
 def test_bars_are_true_to_scale(browser, folder):
     browser.look(width=1280)
     browser.open(_page(folder, "plan.html", "spec.json", "base.safetensors"))
@@ -233,6 +369,8 @@ def test_the_page_of_a_report_is_the_report(browser, folder):
             assert float(rows[one.name][4]) == pytest.approx(one.detail.max_abs_diff, rel=1e-2)
     causes = {one.cause for one in report.drifted}
     assert {text.split()[0] for text in _texts(browser, ".cause h3")} == {cause or "Not" for cause in causes}
+    assert _texts(browser, ".kind") == ["Frozen weights, checked"]
+    assert _texts(browser, ".of dt") == ["manifest", "checkpoint", "changes are measured from"]
 
 
 def test_a_heat_map_shows_what_moved_and_by_how_much(browser, folder):

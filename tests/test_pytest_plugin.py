@@ -126,7 +126,7 @@ def test_it(frozen_weights):
     assert _errors(result) == [
         "ckptsurg.errors.FrozenWeightsChanged: 1 frozen tensor changed:",
         "tensor       verdict  elements  largest  cause",
-        "body.weight  changed  1         0.5      unknown",
+        "body.weight  changed  1         0.5      not settled",
     ]
 
 
@@ -340,7 +340,7 @@ def test_it(frozen_weights, spoil):
     )
     result = project.runpytest_inprocess()
     result.assert_outcomes(passed=1, failed=1)
-    assert "body.weight  changed  1         0.5      unknown" in _errors(result)
+    assert "body.weight  changed  1         0.5      not settled" in _errors(result)
 
 
 def test_the_option_is_a_path_from_where_pytest_was_started(project):
@@ -467,7 +467,7 @@ def test_marker(frozen_weights):
     )
     done = _pytest(project.path, "-n", "2", "--strict-markers", "--freeze-manifest", "body.json")
     assert "2 failed, 3 passed" in done.stdout, done.stdout + done.stderr
-    assert "body.bias  changed  1         0.5      unknown" in done.stdout
+    assert "body.bias  changed  1         0.5      not settled" in done.stdout
     assert "2 workers" in done.stdout
 
 
@@ -601,8 +601,8 @@ def test_the_table_is_the_same_for_every_form(tmp_path, form):
     message = _message(Small(), other)
     order = sorted(message[2:])
     assert message[:2] == ["2 tensors not bit-identical:", "tensor       verdict  elements  largest      cause"]
-    assert order[0] == "body.weight  changed  2         0.5          unknown"
-    assert re.fullmatch(r"fc\.bias      changed  1         \d\.\d+e-0\d  unknown", order[1])
+    assert order[0] == "body.weight  changed  2         0.5          not settled"
+    assert re.fullmatch(r"fc\.bias      changed  1         \d\.\d+e-0\d  not settled", order[1])
 
 
 def test_every_verdict_has_its_line():
@@ -640,7 +640,7 @@ def test_a_long_table_is_cut_and_counted():
 def test_long_names_are_whole():
     name = "base_model.model.model.language_model.layers.11.block_sparse_moe.experts.7.down_proj.lora_A.default.weight"
     [line] = _message({name: torch.zeros(1)}, {name: torch.ones(1)})[2:]
-    assert line.split() == [name, "changed", "1", "1", "unknown"]
+    assert line.split() == [name, "changed", "1", "1", "not", "settled"]
 
 
 def test_names_cannot_draw_on_the_terminal():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
 
 import ckptsurg
 
@@ -196,3 +198,78 @@ def test_a_base_that_is_the_output_of_a_link_is_never_written_to(zygote, base, t
     again = zygote.run(2, **arguments)
     assert [one["code"] for one in again] == [0, 0], again
     assert contents(base) == before
+
+
+# --- Verifying --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(base, expected) -> Path:
+    """The output, some bits of which were changed, and one tensor left out."""
+    folder = base.parent / "trained"
+    shutil.copytree(base.parent / "one", folder)
+    (folder / "freeze.json").unlink()
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in tensors:
+            if name in ("model.layers.0.k.weight", "model.layers.3.norm.weight", "embed.weight"):
+                flat = tensors[name].view(torch.uint8).reshape(-1)
+                flat[-1] ^= 1
+        tensors.pop("model.layers.4.v.weight", None)
+        save_file(tensors, path, metadata={"format": "pt"})
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    del index["weight_map"]["model.layers.4.v.weight"]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("options", [{}, {"baseline": True}, {"expect_trained": True, "exact": True}])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_report_is_that_of_one_process(zygote, base, trained, ranks, options):
+    options = {**options, **({"baseline": str(base.parent / "one")} if "baseline" in options else {})}
+    arguments = {"manifest": str(base.parent / "one"), "ckpt_or_model": str(trained), **options}
+    one = ckptsurg.verify(**arguments)
+    assert {difference.name for difference in one.drifted} == {
+        "model.layers.0.k.weight", "model.layers.3.norm.weight", "model.layers.4.v.weight"
+    }  # fmt: skip
+    ended = zygote.run(ranks, call="verify", **arguments)
+    assert [each["result"] for each in ended] == [one.to_json()] * ranks, ended
+
+
+def test_ranks_read_each_byte_once_between_them(zygote, tmp_path):
+    """All that is frozen, by what the kernel counts of each process's reads; modules are among it, and headers."""
+    save_file({f"layers.{number}.weight": torch.randn(500, 500) for number in range(24)}, tmp_path / "base.safetensors")
+    manifest = ckptsurg.make_manifest(["**", "!layers.3"], tmp_path / "base.safetensors")
+    ckptsurg.write_manifest(manifest, tmp_path / "base.freeze.json")
+    path = str(tmp_path / "base.safetensors")
+    each = [one["read"] for one in zygote.run(3, call="verify", manifest=path, ckpt_or_model=path)]
+    frozen = sum(record.info.nbytes for record in manifest.tensors.values() if record.frozen)
+    assert frozen <= sum(each) <= 1.1 * frozen
+    assert max(each) < 1.2 * min(each)
+
+
+def test_of_a_distributed_checkpoint_each_rank_reads_its_part(zygote, tmp_path):
+    torch.manual_seed(1)
+    tensors = {f"layers.{number}.weight": torch.randn(900, 900) for number in range(12)}
+    save_file(tensors, tmp_path / "base.safetensors")
+    manifest = ckptsurg.make_manifest(["**", "!layers.3"], tmp_path / "base.safetensors")
+    ckptsurg.write_manifest(manifest, tmp_path / "base.freeze.json")
+    tensors["layers.7.weight"].view(torch.int32)[899, 899] ^= 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        dcp.save(tensors, checkpoint_id=tmp_path / "trained")
+    arguments = {"manifest": str(tmp_path / "base.freeze.json"), "ckpt_or_model": str(tmp_path / "trained")}
+    one = ckptsurg.verify(**arguments)
+    assert [difference.name for difference in one.drifted] == ["layers.7.weight"]
+    alone = zygote.run(1, call="verify", **arguments)[0]["read"]
+    ended = zygote.run(3, call="verify", **arguments)
+    assert [each["result"] for each in ended] == [one.to_json()] * 3, ended
+    assert max(each["read"] for each in ended) < 0.6 * alone
+
+
+def test_a_lost_rank_proves_nothing(zygote, base, expected):
+    arguments = {"manifest": str(base.parent / "one"), "ckpt_or_model": str(base.parent / "one")}
+    moments = zygote.run(2, call="verify", **arguments)[1]["moments"]
+    ended = zygote.run(2, (1, moments - 1), call="verify", **arguments)
+    assert [one["code"] for one in ended] == [4, -9]
+    assert "another rank is lost" in ended[0]["said"]

@@ -297,6 +297,20 @@ def test_llama_middle_out(tmp_path, llama):
     assert _folder_moved(manifest, tmp_path / "out", tmp_path / "trained") == {"lm_head.weight"}
 
 
+def test_llama_middle_out_last_block(tmp_path, llama):
+    from transformers import LlamaForCausalLM
+
+    manifest = ckptsurg.rewrite(SPECS / "llama-middle-out-last-block.yaml", llama, tmp_path / "out")
+    model = _load(LlamaForCausalLM, tmp_path / "out")
+    frozen = ckptsurg.freeze(model, manifest)
+    with frozen.guard(optimizer := torch.optim.AdamW(frozen.trainable_parameters(), lr=1e-2, weight_decay=0.1)):
+        _train_language_model(model, optimizer)
+    model.save_pretrained(tmp_path / "trained")
+    assert ckptsurg.verify(manifest, tmp_path / "trained", exact=True).ok
+    moved = _folder_moved(manifest, tmp_path / "out", tmp_path / "trained")
+    assert moved == {name for name in manifest.tensors if name.startswith(("model.layers.3.", "lm_head."))}
+
+
 def test_llama_old_tokens(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 

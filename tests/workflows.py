@@ -111,7 +111,11 @@ class Runner:
     def _step(self, step: Mapping[str, Any], context: Mapping[str, Any], name: str) -> Done:
         if "run" in step:
             return self._script(step, context)
-        given = {key: _filled(str(value), context) for key, value in step.get("with", {}).items()}
+        # An input is text; of a boolean, that of YAML.
+        texts = {
+            key: str(one).lower() if isinstance(one, bool) else str(one) for key, one in step.get("with", {}).items()
+        }
+        given = {key: _filled(text, context) for key, text in texts.items()}
         kind = step["uses"].partition("@")[0]
         if kind in self.actions:
             return self.action(self.actions[kind], given)

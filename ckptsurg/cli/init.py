@@ -58,7 +58,10 @@ def init(
     model: str | None,
     as_json: bool,
 ) -> None:
-    """Draft a spec for a checkpoint: commented YAML with examples that fit it. Of safetensors only headers are read."""
+    """Draft a spec for a checkpoint, with comments and examples.
+
+    It is YAML, and the examples fit this checkpoint. Of safetensors only headers are read.
+    """
     from ..coercing import opened_with
     from ..drafts import draft_spec, place_for_draft
 

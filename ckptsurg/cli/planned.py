@@ -7,18 +7,19 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..patterns import split_name
+from ..patterns import unlike_parts
 from ..wording import counted, shown, size
 from .rendering import ROWS, console, elements, fits
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..dealing import Deal
     from ..planning.explaining import Explanation
     from ..plans import Plan, PlannedTensor
     from ..spec import Spec
 
-__all__ = ["show_explanation", "show_plan"]
+__all__ = ["show_deal", "show_explanation", "show_plan"]
 
 _DOES = {"takes": "takes it", "gives away": "gives it away", "filters out": "filters it out"}
 #: Of tensors that are named one by one.
@@ -62,7 +63,7 @@ def show_plan(spec: Spec, plan: Plan) -> None:
                 f"{len(tensors):,}",
                 elements(sum(info.elements for info in infos)),
                 size(sum(sizes)),
-                shown(tensors[sizes.index(max(sizes))].name, 60),
+                _example(tensors),
             )
         )
     screen = console()
@@ -115,7 +116,7 @@ def _show_sources(screen: Console, output: Sequence[PlannedTensor]) -> None:
         "cast": [f"{shown(one.name)}  {one.old_dtype} -> {one.dtype}" for one in output if one.old_dtype is not None],
         "renamed": [
             f"{shown(old)} -> {shown(new)}"
-            for old, new in dict.fromkeys(_renamed(one.name, one.to) for one in output if one.to is not None)
+            for old, new in dict.fromkeys(unlike_parts(one.name, one.to) for one in output if one.to is not None)
         ],
     }
     for what, found in lines.items():
@@ -125,14 +126,22 @@ def _show_sources(screen: Console, output: Sequence[PlannedTensor]) -> None:
             screen.print(f"{what}  ... and {len(found) - _SOME:,} more; --json lists all")
 
 
-def _renamed(old: str, new: str) -> tuple[str, str]:
-    """Two names without what they end in alike: a module that is called otherwise is shown once."""
-    one, other = split_name(old), split_name(new)
-    alike = 0
-    while alike < min(len(one), len(other)) - 1 and one[-1 - alike] == other[-1 - alike]:
-        alike += 1
-    tail = sum(len(segment) + 1 for segment in one[len(one) - alike :])
-    return (old, new) if not tail else (old[:-tail], new[:-tail])
+def _example(tensors: Sequence[PlannedTensor]) -> str:
+    """The largest of them: its name, or where that changes, both in short."""
+    largest = max(tensors, key=lambda tensor: tensor.info.nbytes)
+    if largest.to is None:
+        return shown(largest.name, 60)
+    old, new = unlike_parts(largest.name, largest.to)
+    rest = "..." if old != largest.name else ""
+    return f"{shown(old, 60)}{rest} -> {shown(new, 60)}{rest}"
+
+
+def show_deal(deal: Deal) -> None:
+    """How the work would be dealt out, in a line."""
+    most = max(deal.loads)
+    line = f"{counted(len(deal.loads), 'rank')}: {size(most)} each at most, read and written, {deal.unevenness:.3f} of"
+    files = counted(max(map(len, deal.shares)), "file")
+    console().print(f"{line} the mean; a part of {files} at most", soft_wrap=True)
 
 
 def show_explanation(explanation: Explanation) -> None:
@@ -140,8 +149,9 @@ def show_explanation(explanation: Explanation) -> None:
 
     screen, tensor = console(), explanation.tensor
     fate, style = _FATES[tensor.action, tensor.frozen]
-    line = Text(f"{shown(tensor.name)}  ").append(str(tensor.info), style="cyan").append(f"  {fate}", style=style)
-    screen.print(line.append(f"  {shown(tensor.to)}" if tensor.to is not None else ""), soft_wrap=True)
+    name = shown(tensor.name) if tensor.to is None else f"{shown(tensor.name)} -> {shown(tensor.to)}"
+    line = Text(f"{name}  ").append(str(tensor.info), style="cyan").append(f"  {fate}", style=style)
+    screen.print(line, soft_wrap=True)
     for reason in explanation.reasons:
         mark = Text("  * " if reason.decides else "    ", style="bold")
         screen.print(mark.append(f"{reason.rule}  {shown(reason.pattern)}  {_DOES[reason.does]}"), soft_wrap=True)
@@ -149,6 +159,9 @@ def show_explanation(explanation: Explanation) -> None:
         screen.print("    no pattern of the spec matches it", soft_wrap=True)
     if any(not reason.decides for reason in explanation.reasons):
         screen.print("  * is what counts: in a list the last one does", style="dim")
+    if explanation.also is not None:
+        screen.print(f"\nwhat is called {shown(tensor.name)} in the output is another tensor:", soft_wrap=True)
+        show_explanation(explanation.also)
 
 
 def _initializer(tensor: PlannedTensor) -> str:

@@ -5,11 +5,14 @@ What they need is imported inside them, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import CkptsurgError, ManifestError, UsageError
+from ..wording import shown
 from .completion import complete_names_of_manifest
 from .options import (
     argument,
@@ -22,7 +25,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    pass
+    from ..manifest import Manifest
 
 __all__ = ["attest", "diff", "verify"]
 
@@ -37,11 +40,15 @@ __all__ = ["attest", "diff", "verify"]
 @click.option("--overwrite", is_flag=True, help="Replace an earlier --statement.")
 @path_option("--junit", metavar="FILE", help="Write JUnit XML in place of an earlier one, whatever comes of it.")
 @path_option("--markdown", metavar="FILE", help="Append a summary, as to $GITHUB_STEP_SUMMARY.")
-@click.option("--exact", is_flag=True, help="Extra tensors and missing trainable ones count as differences.")
+@click.option("--exact", is_flag=True, help="Tensors that are extra, missing or of another shape count as differences.")
 @click.option("--prefix", metavar="P", help="Take P off the names in CKPT.")
 @path_option("--names", metavar="MAP", help="A JSON or YAML map from names in CKPT to names in the manifest.")
 @click.option("--allow-widened", is_flag=True, help="Accept the same values in a wider dtype.")
-@click.option("--expect-trained", is_flag=True, help="A trainable tensor that did not move is a difference.")
+@click.option(
+    "--expect-trained",
+    is_flag=True,
+    help="A trainable tensor that did not move, or has another shape, is a difference.",
+)
 @click.option(
     "--only",
     metavar="PATTERN",
@@ -72,20 +79,25 @@ def verify(
     model: str | None,
     as_json: bool,
 ) -> int:
-    """Prove that every frozen tensor of a trained checkpoint has its bits.
+    """Prove that the frozen tensors of a checkpoint have their bits.
 
     Exit codes: 0 every one has; 1 one has not; 2 bad usage or manifest; 3 a malformed checkpoint; 4 the system failed.
     MANIFEST may also be the output, file or folder, that it stands by.
+    Started by torchrun, as `torchrun ... -m ckptsurg verify ...`, all its processes read a part of it each.
     """
-    from ..coercing import as_manifest, opened_with
+    from ..coercing import opened_with
     from ..proofs import load_names, place_for_statement, verify, verify_and_attest
     from . import rendering
+    from .launched import launched
     from .results import results
 
     paths = [ckpt] if baseline is None else [ckpt, baseline]
-    with results(junit, markdown, ckpt) as conclude:
-        publish = None if statement is None else place_for_statement(statement, overwrite=overwrite)
-        document = as_manifest(manifest)
+    with launched() as ranks, ExitStack() as stack:
+        if not (is_first := ranks.rank == 0):  # what all have found, the first one says
+            junit = markdown = None
+        conclude = stack.enter_context(results(junit, markdown, ckpt))
+        publish = place_for_statement(statement, overwrite=overwrite) if statement is not None and is_first else None
+        document = ranks.share(lambda: _manifest_of(manifest, ckpt))
         with opened_with(model, *paths) as [trained, *before], rendering.progress("verify") as advance:
             asked: dict[str, Any] = {
                 "baseline": before[0] if before else None,
@@ -98,19 +110,34 @@ def verify(
                 "expect_trained": expect_trained,
                 "only": only or None,
                 "jobs": jobs,
-                "progress": advance,
+                "progress": advance if is_first else None,
+                "group": ranks,
             }
-            if publish is None:
+            if statement is None:
                 result = verify(document, trained, **asked)
             else:
                 result, stated = verify_and_attest(document, trained, **asked)
-                publish(stated)
+                if publish is not None:
+                    publish(stated)
         conclude(result, document, manifest, exact=exact, allow_widened=allow_widened)
-    if as_json:
+    if is_first and as_json:
         print_document(result)
-    else:
+    elif is_first:
         rendering.show_report(result, exact=exact)
     return 0 if result.ok else 1
+
+
+def _manifest_of(manifest: Path, ckpt: Path) -> Manifest:
+    """The manifest; where there is none, and the checkpoint is one or has one, the two were given the other way."""
+    from ..coercing import as_manifest
+
+    try:
+        return as_manifest(manifest)
+    except (ManifestError, UsageError) as error:
+        with suppress(CkptsurgError):
+            as_manifest(ckpt)
+            error.hint = f"the manifest comes first: ckptsurg verify {shown(ckpt)} {shown(manifest)}"
+        raise
 
 
 @click.command()
@@ -121,9 +148,10 @@ def verify(
 @jobs_option
 @json_option
 def attest(manifest: Path, ckpt: Path, out: Path, overwrite: bool, jobs: int | None, as_json: bool) -> None:
-    """State what an output is, for others to sign: an in-toto Statement, with the sha256 of each of its files.
+    """State what an output is, for others to sign.
 
-    CKPT is the output that MANIFEST was published with; every tensor is compared with it first.
+    It is an in-toto Statement, with the sha256 of each of its files. CKPT is the output that MANIFEST was published
+    with; every tensor is compared with it first.
     """
     from ..proofs import attest, place_for_statement
     from . import rendering

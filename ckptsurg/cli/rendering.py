@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..causes import explained
-from ..summaries.outcomes import headline, voucher
+from ..causes import UNSETTLED, explained
+from ..summaries.outcomes import headline, next_steps, voucher
 from ..wording import counted, enumerate_names, shown, size
 
 if TYPE_CHECKING:
@@ -67,8 +69,13 @@ def elements(count: float) -> str:
 
 
 @contextmanager
-def progress(task: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar with bytes, bytes a second and the time left, on standard error if that is a terminal."""
+def progress(task: str, *, after: float = 0.5) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar with bytes, bytes a second and the time left, on standard error if that is a terminal.
+
+    Args:
+        task: What is under way.
+        after: How long nothing is shown, in seconds: most runs are over by then.
+    """
     if not sys.stderr.isatty():
         yield None
         return
@@ -78,14 +85,25 @@ def progress(task: str) -> Iterator[Callable[[int, int], None] | None]:
     columns = (TextColumn(task), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
     identifier = bar.add_task(task, total=None)
+    began: float | None = None
 
     def advance(done: int, total: int) -> None:
-        bar.start()  # only now, so that what is said before stands above it; again, it does nothing
+        nonlocal began
+        began = time.monotonic() if began is None else began
         bar.update(identifier, completed=done, total=total)
+        if time.monotonic() - began >= after and done < total:
+            bar.start()  # again, it does nothing
 
+    def make_way(_: logging.LogRecord) -> bool:
+        bar.stop()  # what is said takes its place; it comes back below, if there is more to tell
+        return True
+
+    log = logging.getLogger("ckptsurg")
+    log.addFilter(make_way)
     try:
         yield advance
     finally:
+        log.removeFilter(make_way)
         bar.stop()
 
 
@@ -167,7 +185,8 @@ def _echo(good: str, rest: str = "") -> None:
 
 
 def show_report(report: Report, *, exact: bool = False) -> None:
-    if report.ok and not (report.drifted or report.extra or report.missing_trainable or report.note):
+    asides = report.asides(exact=exact)
+    if report.ok and not (report.drifted or asides or report.note):
         # One line, which is what most runs end in, does not wait for rich.
         _echo("ok     ", _summary(report))
         return
@@ -175,38 +194,25 @@ def show_report(report: Report, *, exact: bool = False) -> None:
 
     screen = console()
     word, style = ("ok     ", "bold green") if report.ok else ("FAILED ", "bold red")
-    summary = Text(word, style=style).append(_summary(report), "default")
-    screen.print(summary, soft_wrap=True)
     failed = [difference for difference in report.drifted if difference.verdict != "dtype_only" or not report.ok]
     nothing_there = not report.verified and all(difference.verdict == "missing" for difference in failed)
     if report.drifted and not nothing_there:
         _show_differences(screen, report.drifted)
+    # Below the table, which may be longer than the screen; what explains it and what to do next come after it.
+    screen.print(Text(word, style=style).append(_summary(report), "default"), soft_wrap=True)
+
+    def say(text: str, style: str = "") -> None:
+        screen.print(Text(text, style=style), soft_wrap=not screen.is_terminal)
+
+    for aside in asides:
+        mild = "yellow" if aside.kind == "mismatched_trainable" else "dim"
+        say(str(aside), "red" if aside.counts else mild)
     for code in sorted({difference.cause for difference in failed if difference.cause}):
-        screen.print(explained(code), soft_wrap=not screen.is_terminal)
-    hints = {difference.hint for difference in failed if difference.hint}
-    if any(difference.verdict == "changed" and difference.detail is None for difference in failed):
-        hints.add("--baseline CKPT, the published output, shows where tensors differ and by how much")
-    elif any(difference.verdict == "changed" and difference.cause is None for difference in failed):
-        watching = "ckptsurg.watch(model, manifest=...) around the training sees more, with Keras FreezeCallback"
-        hints.add(f"files alone do not settle why; {watching}")
-    for hint in sorted(hints):
-        screen.print(f"hint: {hint}", soft_wrap=not screen.is_terminal)
-    listed = (
-        (report.extra, "not in the manifest", exact),
-        (report.missing_trainable, "trainable, and missing", exact),
-        (report.untrained or (), "trainable, and did not move", True),
-    )
-    for names, what, counts in listed:
-        if names:
-            style = "red" if counts else "dim"
-            screen.print(
-                Text(f"{counted(len(names))} {what}: {enumerate_names(names)}", style=style),
-                soft_wrap=not screen.is_terminal,
-            )
+        say(explained(code))
+    for step in next_steps(report, failed):
+        say(f"hint: {step}")
     if report.note:
-        screen.print(f"note: {report.note}", soft_wrap=not screen.is_terminal)
-    if len(report.drifted) > ROWS // 2 and not nothing_there:
-        screen.print(summary, soft_wrap=True)  # the first line is off the screen by now
+        say(f"note: {report.note}")
 
 
 def _summary(report: Report) -> str:
@@ -231,13 +237,17 @@ def _show_differences(screen: Console, differences: Sequence[Difference]) -> Non
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    caused = any(difference.cause for difference in differences)
-    for heading in ("tensor", "verdict", *(["cause"] if caused else []), "detail"):
-        table.add_column(heading, no_wrap=True, overflow="fold")
-    rows = [
-        (shown(one.name), one.verdict, *([one.cause or "unknown"] if caused else []), one.describe_detail())
-        for one in differences[:ROWS]
+    columns = [
+        ("tensor", [shown(one.name) for one in differences[:ROWS]]),
+        ("verdict", [one.verdict for one in differences[:ROWS]]),
     ]
+    if any(one.cause for one in differences):
+        columns.append(("cause", [one.cause or UNSETTLED for one in differences[:ROWS]]))
+    if any(details := [one.describe_detail() for one in differences[:ROWS]]):
+        columns.append(("detail", details))
+    for heading, _ in columns:
+        table.add_column(heading, no_wrap=True, overflow="fold")
+    rows = list(zip(*(cells for _, cells in columns), strict=True))
     for row in rows:
         table.add_row(*row)
     if len(differences) > ROWS:

@@ -61,6 +61,7 @@ def inspect(ckpt: Path, patterns: tuple[str, ...], model: str | None, as_json: b
 @path_option("-o", "--output", "out", metavar="PLAN", help="Keep the plan, for rewrite to carry out.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier PLAN.")
 @click.option("--explain", metavar="NAME", help="Say why a tensor has its fate: which patterns take it.")
+@click.option("--ranks", type=click.IntRange(1), metavar="N", help="Say how torchrun with N processes would share it.")
 @donor_option
 @model_option
 @json_option
@@ -70,6 +71,7 @@ def plan(
     out: Path | None,
     overwrite: bool,
     explain: str | None,
+    ranks: int | None,
     donor: tuple[str, ...],
     model: str | None,
     as_json: bool,
@@ -86,6 +88,7 @@ def plan(
             explanation = api.explain(spec, base, explain, donors=donors)
         else:
             loaded, result = api.plan_with_spec(spec, base, donors=donors, reviewed=out is not None)
+            deal = None if ranks is None else api.dealt(result, base, ranks, donors=donors)
     if explain is not None:
         if as_json:
             click.echo(explanation.to_json())
@@ -98,6 +101,8 @@ def plan(
         print_document(result)
     else:
         planned.show_plan(loaded, result)
+        if deal is not None:
+            planned.show_deal(deal)
 
 
 @click.command()
@@ -190,7 +195,7 @@ def convert(
     model: str | None,
     as_json: bool,
 ) -> None:
-    """Publish a checkpoint as safetensors: the same tensors, bit by bit, in another container.
+    """Publish a checkpoint as safetensors, bit by bit.
 
     OUT is a file if its name ends in .safetensors, else a folder.
     """
@@ -269,7 +274,7 @@ def schema(document: str, as_json: bool) -> None:
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the two reports alone, on standard output.")
 def demo(folder: Path, as_json: bool) -> None:
-    """Run the main job on real data: train, rewrite, fine-tune and verify a small network in DIR."""
+    """Run the main job on real data, with a small network, in DIR."""
     from ..errors import UsageError
 
     try:

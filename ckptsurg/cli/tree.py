@@ -79,14 +79,14 @@ def build(tensors: Mapping[str, TensorInfo]) -> Node:
 
 def _sum_up(node: Node, kinds: dict[object, int]) -> None:
     """Fill in what follows from the tensors below a node."""
-    alike: list[object] = []
+    alike: set[object] = set()  # in any order: a shard that ends within a block changes that of its tensors
     for segment, child in node.children.items():
         _sum_up(child, kinds)
         node.elements += child.elements
         node.nbytes += child.nbytes
-        alike += (segment, child.kind)
+        alike.add((segment, child.kind))
     if (info := node.info) is not None:
         node.elements += info.elements
         node.nbytes += info.nbytes
-        alike += (info.dtype, info.shape)
-    node.kind = kinds.setdefault(tuple(alike), len(kinds))
+        alike.add(info)
+    node.kind = kinds.setdefault(frozenset(alike), len(kinds))

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+
+from ..config_checks import edits
+from ..planning.output_names import renumbered
 from ..selectors import module_and_leaf
 from ..wording import counted, enumerate_names, shown, size
 from .blocks import Stack, find_stages
@@ -25,6 +30,11 @@ def _last(stack: Stack) -> int:
     return 2 if stack.count > 3 else 1
 
 
+def _middle(stack: Stack) -> int:
+    """The first of as many in the middle."""
+    return (stack.count - _last(stack) + 1) // 2
+
+
 def entries_of(subject: Subject, name: str | None, schema: str) -> list[Entry]:
     """All that a draft says, examples not yet tried."""
     return _Entries(subject).all(name, schema)
@@ -41,7 +51,7 @@ class _Entries:
             called += f"-{counted(self._of.new_head, 'output').replace(' ', '-').replace(',', '')}"
         address = schema if "://" in schema else shown(schema).replace(" ", "%20")
         nbytes = size(sum(info.nbytes for info in tensors))
-        return [
+        entries: list[Entry] = [
             f"# yaml-language-server: $schema={address}",
             *prose(f"Drafted by `ckptsurg init`, from {counted(len(self._of.tensors))}, {nbytes}. Editors complete it"
                     " by the schema above, which is what `ckptsurg schema spec` prints."),
@@ -53,8 +63,8 @@ class _Entries:
             *self._reinit(),
             *self._config_edits(),
             *self._additions(),
-            *self._drops(),
         ]  # fmt: skip
+        return [*entries, *self._drops(entries)]
 
     def _freeze(self) -> list[Entry]:
         entries: list[Entry] = [
@@ -124,7 +134,8 @@ class _Entries:
         return [
             (pattern, f"{remark}: {counted(len(names))}")
             for pattern, remark in found
-            if (names := self._of.match(pattern))
+            # Whoever names one block does not want to hear of two.
+            if (names := self._of.match(pattern)) and not any(named <= set(names) for named in self._of.named)
         ]
 
     def _reinit(self) -> list[Entry]:
@@ -223,23 +234,33 @@ class _Entries:
         )
         return ["", Examples(intro, [lines])]
 
-    def _without_blocks(self, stack: Stack, last: int) -> Entry:
-        lines = [f"drop: {quoted(f'{stack.path}[-{last}:]')}"]
-        intro = f"A model without the last {'two of its' if last == 2 else 'of its'} {stack.count} blocks"
-        config = self._of.config or {}
-        keys = [key for key, value in config.items() if "layer" in key and type(value) is int and value == stack.count]
-        if len(keys) == 1 and self._of.new_head is None:
-            lines += ["config:", f"  set: {{{plain(keys[0])}: {stack.count - last}}}"]
-        elif len(keys) == 1:
-            intro += f"; with it, set {shown(keys[0])} to {stack.count - last} under `config`"
+    def _without_blocks(self, stack: Stack, others: Sequence[Entry]) -> Entry:
+        """Blocks are taken out of the middle, and config.json is made to agree; ``others`` stands above."""
+        first, count = _middle(stack), _last(stack)
+        pattern = f"{stack.path}[{first}:{first + count}]"
+        lines = [f"drop: {{match: {quoted(pattern)}, renumber: true}}"]
+        gone = set(self._of.match(pattern))
+        left = [name for name in self._of.tensors if name not in gone]
+        called = renumbered(left, sorted(gone))
+        output = {called.get(name, name): (name, self._of.tensors[name]) for name in left}
+        which = "the two blocks" if count == 2 else "the block"
+        intro = f"A model without {which} in the middle, of {stack.count}; the later ones get their numbers"
+        said = {} if self._of.config is None else edits(self._of.config, self._of.tensors, output)
+        keys = [f"{plain(path)}: {json.dumps(value)}" for path, value in said.items()]
+        if keys and self._of.new_head is not None:
+            intro += f". With it, set {enumerate_names(keys)} under `config`"
+        elif keys:
+            lines += ["config:", "  set:", *(f"    {key}" for key in keys)]
+            if any("config:" in part for one in others if isinstance(one, Examples) for part in one.parts):
+                intro += ". Taken together with the example above, `config` is written once, with the keys of both"
         elif self._of.config is not None:
             intro += "; with it, say under `config` how many are left"
         return Examples(f"{intro}:", [lines])
 
-    def _drops(self) -> list[Entry]:
+    def _drops(self, others: Sequence[Entry]) -> list[Entry]:
         for stack in self._of.stacks[:1]:
-            if stack.alike >= (last := _last(stack)):
-                return ["", self._without_blocks(stack, last)]
+            if stack.alike >= max(1, stack.count - 1 - _middle(stack)):
+                return ["", self._without_blocks(stack, others)]
         if self._of.match("**.num_batches_tracked"):
             intro = (
                 "Counters of batches, of which BatchNorm makes use only where its momentum is None, can be left out:"

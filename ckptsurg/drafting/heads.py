@@ -97,7 +97,10 @@ def find_heads(tensors: Mapping[str, TensorInfo]) -> Heads:
         is_linear = one.has_bias or one.axis != 0
         tier = 1 if is_named and is_unused else 2 if is_last_named else 3 if is_unused and is_linear else None
         if tier is not None:
-            why = [*(["it is called so"] if tier < 3 else []), *(["nothing takes its outputs"] if is_unused else [])]
+            why = [
+                *(["its name says so"] if tier < 3 else []),
+                *(["no later layer uses its outputs"] if is_unused else []),
+            ]
             is_of_tokens = one.weight.shape in of_tokens
             rated[tier].append(replace(one, reason=", and ".join(why), is_of_tokens=is_of_tokens))
     best = rated[min(rated)] if rated else []

@@ -33,6 +33,7 @@ class Subject:
         tied: Names of tensors that are one in the model.
         stacks: Its stacks of numbered blocks.
         trained: Patterns of what trains, with a remark each.
+        named: The names of what was asked to train, by pattern.
 
     Raises:
         UsageError: if the head cannot be told where a new one is wanted, or is no layer like Linear.
@@ -60,6 +61,7 @@ class Subject:
         if new_head is not None and head is None:
             self._refuse_to_guess(found)
         self.trained = self._patterns_of_what_trains(freeze_all_but)
+        self.named = [set(self.match(pattern)) for pattern in freeze_all_but]
 
     def _named(self, pattern: str) -> list[Head]:
         """The layers whose tensors a pattern selects.
@@ -108,7 +110,7 @@ class Subject:
 
     def _patterns_of_what_trains(self, given: Sequence[str]) -> list[tuple[str, str]]:
         """Patterns with a remark each, none of which adds nothing to those before it."""
-        found = [(pattern, "", "which you named") for pattern in given]
+        found = [(pattern, "what you named, ", "") for pattern in given]
         if not given or self.new_head is not None:
             heads = [one for one in self.heads if self.named_head is not None or not self.is_tied(one)]
             found += [(pattern, "the head, ", one.reason) for one in heads for pattern in self.patterns_of(one)]
@@ -117,6 +119,7 @@ class Subject:
         for pattern, what, why in found:
             names = set(self.match(pattern))
             if not names <= trained:
-                kept.append((pattern, f"but for {what}{counted(len(names - trained))}: {why}"))
+                remark = f"but for {what}{counted(len(names - trained))}"
+                kept.append((pattern, f"{remark}: {why}" if why else remark))
             trained |= names
         return kept

@@ -32,7 +32,7 @@ __all__ = [
     "two_checkpoints",
 ]
 
-MAX_INDEX_BYTES = 100_000_000
+MAX_INDEX_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)

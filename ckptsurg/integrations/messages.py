@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from ..causes import CAUSES
 from ..errors import FreezeError, FrozenWeightsChanged
 from ..manifest import Manifest
 from ..report import Difference
-from ..wording import enumerate_names, shown
+from ..wording import enumerate_names, on_ranks, shown
 
 __all__ = [
     "about_to_move",
@@ -20,6 +20,8 @@ __all__ = [
     "listed",
     "loading_hint",
     "mismatches",
+    "not_as_published",
+    "the_model",
 ]
 
 _LISTED = 20
@@ -33,9 +35,14 @@ def listed(head: str, problems: Sequence[str]) -> str:
     return "\n  ".join([head, *problems[:_LISTED], *more])
 
 
-def cannot_be_frozen(model: object, problems: Sequence[str], hint: str | None) -> FreezeError:
+def the_model(model: object, rank: int | None) -> str:
+    """A model, and which of several processes looked at its own of it."""
+    return f"the model ({type(model).__name__}){'' if rank is None else f' on rank {rank}'}"
+
+
+def cannot_be_frozen(model: object, problems: Sequence[str], hint: str | None, rank: int | None = None) -> FreezeError:
     """The error of a model against whose freeze something stands."""
-    return FreezeError(listed(f"the model ({type(model).__name__}) cannot be frozen:", problems), hint=hint)
+    return FreezeError(listed(f"{the_model(model, rank)} cannot be frozen:", problems), hint=hint)
 
 
 def absent(name: str, advice: str = "") -> str:
@@ -82,6 +89,17 @@ def left_as_they_are(unknown: Sequence[str]) -> str:
     return f"left as they are, the manifest lacks them: {enumerate_names(unknown)}"
 
 
+def not_as_published(trainable: Collection[Difference]) -> str:
+    """The warning of trainable tensors in another shape or dtype than their manifest's; empty where there are none."""
+    if not trainable:
+        return ""
+    said = [f"{one.name} ({one.describe_detail()})" for one in trainable]
+    return (
+        f"not as published, but trainable, and so left as they are: {enumerate_names(said)}; "
+        "where they were not resized on purpose, load the published weights"
+    )
+
+
 def described(model: object, manifest: Manifest, kept: str | None) -> str:
     """A frozen model in a line.
 
@@ -100,16 +118,22 @@ def described(model: object, manifest: Manifest, kept: str | None) -> str:
     return f"FrozenModel({type(model).__name__}: {', '.join(parts)})"
 
 
-def about_to_move(about: Mapping[str, str], when: str) -> FrozenWeightsChanged:
+def about_to_move(about: Mapping[str, str], when: str, rank: int | None = None) -> FrozenWeightsChanged:
     """The error of a step before which frozen tensors are about to move.
 
     Args:
         about: Their names, with the codes of the causes.
         when: Said before: ``before step 7:``.
+        rank: Which of several processes is about to move its part of them.
     """
+    where = () if rank is None else (rank,)
     by_code: dict[str, list[str]] = defaultdict(list)
     for name, code in about.items():
         by_code[code].append(name)
-    lines = [f"{enumerate_names(names)}; cause: {code} ({CAUSES[code].explanation})" for code, names in by_code.items()]
+    lines = [
+        f"{enumerate_names(on_ranks(name, where) for name in names)}; cause: {code} ({CAUSES[code].explanation})"
+        for code, names in by_code.items()
+    ]
     hint = "; ".join(CAUSES[code].remedy for code in by_code)
-    return FrozenWeightsChanged("\n  ".join([when, *lines]), hint=hint, causes=about)
+    ranks = dict.fromkeys(about, where) if where else None
+    return FrozenWeightsChanged("\n  ".join([when, *lines]), hint=hint, causes=about, ranks=ranks)

@@ -9,7 +9,7 @@ from ..causes import CAUSES
 from ..manifest import Manifest
 from ..report import Difference, DiffReport, Report, Verdict
 from ..tensors import TensorInfo
-from ..wording import counted, shown, size
+from ..wording import shown, size
 from .entries import CHANGED, FATES, FOUND, Change, Entry, State
 from .heat import grids, histogram
 from .maps import draw
@@ -46,6 +46,7 @@ def of_report(
     frozen = sum(record.frozen for record in manifest.tensors.values())
     accepts_wider = frozen - report.verified < len(differences)
     lacking, untrained = set(report.missing_trainable), set(report.untrained or ())
+    unlike = {difference.name for difference in report.mismatched_trainable}
     entries = []
     for name, record in manifest.tensors.items():
         one, change = differences.get(name), changes.get(name)
@@ -54,6 +55,8 @@ def of_report(
             state = _STATES.get(one.verdict, "changed")
         elif name in lacking:
             state = "absent"
+        elif name in unlike:
+            state = "unlike"
         elif record.trains and change is not None:
             state = "moved" if change.changed else "still"
         elif record.trains and name in untrained:
@@ -77,11 +80,7 @@ def of_report(
         facts.append(Fact("moved", "trainable tensors that moved", f"{len(moved):,} of {len(trainable):,}"))
     facts.append(Fact("relied_on", "what vouches for the manifest", _VOUCHERS[report.relied_on]))
     facts += [Fact("root", "root of the manifest", manifest.root)]
-    lists = [
-        names_of("trainable, and did not move", report.untrained or (), is_failure=True),
-        names_of("trainable, and missing", report.missing_trainable, is_failure=exact),
-        names_of("not in the manifest", report.extra, is_failure=exact),
-    ]
+    lists = [names_of(one.words, one.tensors, is_failure=one.counts) for one in report.asides(exact=exact)]
     hints = [f"hint: {hint}" for hint in sorted({one.hint for one in failed if one.hint})]
     return Page(
         "verify",
@@ -98,7 +97,7 @@ def of_report(
         len(report.drifted),
         _rows(moved),
         len(moved),
-        [one for one in lists if one.tensors],
+        lists,
     )
 
 
@@ -116,9 +115,7 @@ def _verdict(report: Report, frozen: int, failed: Sequence[Difference]) -> str:
     intact = f"{of_all(report.verified, frozen, _FROZEN)} kept every bit"
     if report.ok:
         return intact
-    if report.untrained:
-        return f"{intact}, but {counted(len(report.untrained), 'trainable tensor')} did not move"
-    return f"{intact}, but there are others than the manifest's"
+    return f"{intact}, but {', and '.join(one.words for one in report.shortcomings())}"
 
 
 def _verb(count: int, one: str, several: str) -> str:
@@ -187,6 +184,7 @@ def of_diff(
     changes: Mapping[str, Change],
     *,
     of: Sequence[tuple[str, str]],
+    notes: Sequence[str] = (),
 ) -> Page:
     """Two checkpoints, side by side.
 
@@ -195,6 +193,7 @@ def of_diff(
         infos: Dtype and shape of the tensors of each.
         changes: By how much tensors changed, by name.
         of: What was compared with what.
+        notes: What else there is to know.
     """
     differences = {difference.name: difference for difference in report.tensors}
     entries = []
@@ -218,7 +217,7 @@ def of_diff(
         report.ok,
         of,
         facts,
-        (),
+        notes,
         draw(entries, list(FOUND.values())),
         [] if report.ok else grids(entries),
         histogram(entries) if changes else (),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +12,15 @@ from .. import api, proofs
 from ..coercing import TensorsLike, tensors_of
 from ..counterparts import Counterparts
 from ..documents import Document
-from ..errors import CheckpointError, UsageError, system_failures
+from ..errors import CheckpointError, CkptsurgError, UsageError, system_failures
 from ..formats import open_checkpoint
 from ..manifest import Manifest, TensorRecord, is_file_output, load_manifest, manifest_path
 from ..metering import Meter, Progress
+from ..patterns import unlike_parts
 from ..renaming import Renaming, renamed
 from ..report import DiffReport, Report
 from ..tensors import FLOATS, TensorInfo, TensorSource
-from ..wording import shown
+from ..wording import counted, enumerate_names, shown
 from . import compared, model
 from .changes import measure
 from .entries import Change
@@ -96,7 +97,8 @@ def compose_plan(spec: Path, base: TensorsLike, label: str, donors: Mapping[str,
     """What a rewrite would do; donors and errors as of ``api.plan``. ``label`` is what the page calls the base."""
     document, plan = api.plan_with_spec(spec, base, donors=donors)
     named = [("name", shown(document.name))] if document.name else []
-    return Composed(model.of_plan(plan, of=[*named, ("spec", shown(spec)), ("base", shown(label))]), plan, ok=True)
+    of = [*named, ("spec", shown(spec)), ("base", shown(label))]
+    return Composed(model.of_plan(plan, of=of, config=document.config), plan, ok=True)
 
 
 def compose_output(path: Path) -> Composed:
@@ -157,7 +159,7 @@ def compose_comparison(
             after = Counterparts(manifest, trained, called)
             published = Counterparts(manifest, before, {name: name for name in before.tensors})
             changes = _changes(manifest, report, published, after, progress)
-    of = [("manifest", shown(path)), ("compared with it", shown(label))]
+    of = [("manifest", shown(path)), ("checkpoint", shown(label))]
     of += [("changes are measured from", before.label)] if before is not None else []
     return Composed(compared.of_report(report, manifest, changes, of=of, exact=exact), report, report.ok)
 
@@ -241,7 +243,24 @@ def compose_diff(
         changes = dict(_differences(report, one, other, progress))
         infos = one.tensors, other.tensors
     of = [("first", shown(labels[0])), ("second", shown(labels[1]))]
-    return Composed(compared.of_diff(report, infos, changes, of=of), report, report.ok)
+    notes = _names_that_changed(infos[0], Path(labels[1]))
+    return Composed(compared.of_diff(report, infos, changes, of=of, notes=notes), report, report.ok)
+
+
+def _names_that_changed(first: Iterable[str], second: Path) -> list[str]:
+    """That an output calls the first checkpoint's tensors otherwise, where its manifest says so."""
+    try:
+        tensors = load_manifest(second).tensors if _subject_of(second) == "output" else {}
+    except (CkptsurgError, OSError):
+        return []  # a manifest that cannot be read says nothing
+    called = {record.base_name: name for name, record in tensors.items() if record.base_name is not None}
+    pairs = [(old, called[old]) for old in first if old in called]
+    if not pairs:
+        return []
+    parts = dict.fromkeys(unlike_parts(old, new) for old, new in pairs)
+    told = enumerate_names(f"{old} -> {new}" for old, new in parts)
+    others = f"{counted(len(pairs))} of the first {'is' if len(pairs) == 1 else 'are'} called otherwise in the second"
+    return [f"{others}, as its manifest says: {told}. Here tensors of one name are compared, whatever they were called"]
 
 
 def _differences(

@@ -9,13 +9,13 @@ from typing import Literal, TypeAlias
 from ..report import Difference
 from ..tensors import TensorInfo
 
-__all__ = ["CHANGED", "FATES", "FOUND", "STATES", "Change", "Entry", "Hue", "Kind", "State", "fate"]
+__all__ = ["CHANGED", "DROPPED", "FATES", "FOUND", "STATES", "Change", "Entry", "Hue", "Kind", "State", "fate"]
 
 Hue: TypeAlias = Literal["blue", "orange", "purple", "green", "red", "grey"]
 Texture: TypeAlias = Literal["plain", "hatch", "dots", "lines", "cross", "halves", "hollow"]
 #: What a comparison found of a tensor; the graver ones first.
 State: TypeAlias = Literal[
-    "missing", "changed", "other", "wider", "absent", "removed", "added", "moved", "still", "unknown", "same"
+    "missing", "changed", "other", "wider", "unlike", "absent", "removed", "added", "moved", "still", "unknown", "same"
 ]
 
 
@@ -71,6 +71,7 @@ class Entry:
         state: What a comparison found of it.
         change: By how much it changed; None where that was not measured.
         difference: What the report says of it; None where it says nothing.
+        to: What the output of a plan calls it, where that is another name.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Entry:
     state: State = "unknown"
     change: Change | None = None
     difference: Difference | None = None
+    to: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -105,6 +107,8 @@ FATES = {
     ("dropped", "frozen"): Kind("dropped", "of the base; the output does not have it", "grey", "hollow"),
 }
 
+DROPPED = FATES["dropped", "frozen"]
+
 #: Frozen tensors of which a comparison found something.
 CHANGED: dict[State, Kind] = {
     "changed": Kind("changed", "frozen, and its bits are not those that were published", "red", "cross"),
@@ -128,10 +132,11 @@ STATES: dict[State, tuple[str, str]] = {
     "other": ("≠", "another dtype or shape"),
     "missing": ("∅", "frozen, and missing"),
     "wider": ("w", "the same values in a wider dtype"),
-    "removed": ("1", "only in the first"),
-    "added": ("2", "only in the second"),
+    "removed": ("-", "only in the first"),
+    "added": ("+", "only in the second"),
     "moved": ("≈", "changed: by how much was not measured"),
     "still": ("0", "may change, and did not"),
+    "unlike": ("≠", "trainable, and in another dtype or shape"),
     "absent": ("∅", "trainable, and missing"),
     "unknown": ("·", "not compared"),
 }

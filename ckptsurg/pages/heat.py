@@ -153,10 +153,10 @@ def _bin(entry: Entry) -> tuple[int, str] | None:
     """Which bin a tensor is in, and its word where that is no decade."""
     if entry.state in ("same", "still"):
         return _LEAST - 3, "not at all"
-    if entry.state == "wider":
+    if entry.state == "wider" or (entry.state == "other" and entry.change is not None and not entry.change.changed):
         return _LEAST - 2, "in dtype alone"
-    if entry.change is None:
-        return None
+    if entry.change is None or entry.state == "unlike":
+        return None  # in a dtype with fewer bits every value moves, trained or not
     relative = entry.change.relative
     if isinf(relative):
         return _MOST + 2, "from zero"

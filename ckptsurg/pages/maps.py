@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .entries import Entry, Kind
-from .places import by_block, numbers_in, starred
+from ..patterns import split_name
+from .entries import DROPPED, Entry, Kind
+from .places import by_block, numbers_in, place_of, starred
 
 __all__ = ["MOST_BLOCKS", "Bar", "Content", "Contents", "Map", "Part", "draw", "kept", "parts_of"]
 
@@ -32,10 +33,12 @@ class Bar:
     Attributes:
         label: Its name.
         parts: Its tensors by fate, in the order of the legend.
+        to: What the output of a plan calls it, where that is another name.
     """
 
     label: str
     parts: Sequence[Part]
+    to: str | None = None
 
     @property
     def tensors(self) -> int:
@@ -71,12 +74,14 @@ class Contents:
         blocks: How many there are.
         lines: What is in each.
         left_out: How many lines there are besides.
+        to: What the output of a plan calls them, where that is another name.
     """
 
     label: str
     blocks: int
     lines: Sequence[Content]
     left_out: int
+    to: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -122,7 +127,7 @@ def draw(entries: Sequence[Entry], order: Sequence[Kind]) -> Map:
     stacks = by_block((entry.name, entry) for entry in entries)
     blocks = [(block, inside) for stack in stacks.values() for block, inside in stack.items()]
     shown = kept([any(entry.kind is not order[0] for _, entry in inside) for _, inside in blocks], MOST_BLOCKS)
-    bars = [Bar(blocks[i][0], parts_of((entry for _, entry in blocks[i][1]), order)) for i in shown]
+    bars = [_bar(*blocks[i], order) for i in shown]
     visible = set(shown)
     hidden = [entry for i, (_, inside) in enumerate(blocks) if i not in visible for _, entry in inside]
     count = len(blocks) - len(shown)
@@ -134,6 +139,18 @@ def draw(entries: Sequence[Entry], order: Sequence[Kind]) -> Map:
         contents[:_MOST_GROUPS],
         max(0, len(contents) - _MOST_GROUPS),
     )
+
+
+def _bar(block: str, inside: Sequence[tuple[str, Entry]], order: Sequence[Kind]) -> Bar:
+    return Bar(block, parts_of((entry for _, entry in inside), order), _to(block, inside))
+
+
+def _to(block: str, inside: Sequence[tuple[str, Entry]]) -> str | None:
+    """What the output calls a block; None where it is called the same there, or its tensors part."""
+    if all(entry.to is None for _, entry in inside):
+        return None
+    blocks = {place_of(entry.to or entry.name).block for _, entry in inside if entry.kind is not DROPPED}
+    return blocks.pop() if len(blocks) == 1 and block not in blocks else None
 
 
 def kept(are_wanted: Sequence[bool], most: int) -> list[int]:
@@ -163,15 +180,21 @@ def _folded(stack: str | None, blocks: Mapping[str, Sequence[tuple[str, Entry]]]
             runs[-1][0].append(block)
         else:
             runs.append(([block], lines))
-    return [_contents(stack, names, lines) for names, lines in runs]
+    return [_contents(names, lines, [_to(name, blocks[name]) for name in names]) for names, lines in runs]
 
 
-def _contents(stack: str | None, names: Sequence[str], lines: Sequence[Content]) -> Contents:
-    label = names[0]
-    if len(names) > 1:
-        first, last = (name[len(stack or "") :].lstrip("./") for name in (names[0], names[-1]))
-        label = f"{names[0].removesuffix(first)}{{{first}..{last}}}"
-    return Contents(label, len(names), lines[:_MOST_LINES], max(0, len(lines) - _MOST_LINES))
+def _contents(names: Sequence[str], lines: Sequence[Content], to: Sequence[str | None]) -> Contents:
+    new = [name for name in to if name is not None]
+    called = _range(new) if len(new) == len(names) else None
+    return Contents(_range(names), len(names), lines[:_MOST_LINES], max(0, len(lines) - _MOST_LINES), called)
+
+
+def _range(blocks: Sequence[str]) -> str:
+    """``h.{0..11}``, of blocks in a row."""
+    if len(blocks) == 1:
+        return blocks[0]
+    first, last = (split_name(block)[-1] for block in (blocks[0], blocks[-1]))
+    return f"{blocks[0].removesuffix(first)}{{{first}..{last}}}"
 
 
 def _number(block: str) -> int:

@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..manifest import Manifest, TensorRecord
+from ..patterns import unlike_parts
 from ..plans import Action, Plan
-from ..wording import counted, shown, size
-from .entries import FATES, Change, Entry, Kind, fate
+from ..spec import ConfigEdits
+from ..wording import counted, quoted, shown, size
+from .entries import DROPPED, FATES, Change, Entry, Kind, fate
 from .heat import Bin, Grid
 from .maps import Map, draw
+from .places import place_of
 
 __all__ = [
     "MOST_ROWS",
@@ -71,7 +74,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """A list of names: what they have in common, how many, the first of them, and whether that is a failure."""
+    """A list of names: how many, in words with what they have in common; the first, and whether that is a failure."""
 
     words: str
     tensors: int
@@ -99,6 +102,8 @@ class Page:
         trained: Trainable tensors that moved, likewise.
         moved: How many did.
         lists: Names that belong to neither.
+        renamed: Modules and tensors that the output of a plan calls otherwise: old names and new.
+        edits: Of its config.json: keys, and what they become in words.
     """
 
     kind: str
@@ -116,6 +121,8 @@ class Page:
     trained: Sequence[Row] = ()
     moved: int = 0
     lists: Sequence[Names] = field(default_factory=list)
+    renamed: Sequence[tuple[str, str]] = ()
+    edits: Sequence[tuple[str, str]] = ()
 
 
 # --- A plan, an output ---------------------------------------------------------------------------------
@@ -130,18 +137,43 @@ _ORIGINS: dict[Action, str] = {
 }
 
 
-def of_plan(plan: Plan, *, of: Sequence[tuple[str, str]]) -> Page:
-    """What a rewrite would do; ``of`` says with what."""
+def of_plan(plan: Plan, *, of: Sequence[tuple[str, str]], config: ConfigEdits | None = None) -> Page:
+    """What a rewrite would do.
+
+    Args:
+        plan: The plan. Its map has the base's blocks, each once, with what is added where it comes to stand.
+        of: What it was made of.
+        config: The spec's edits of config.json.
+    """
+    renamed = [(one.name, one.to) for one in plan.output if one.to is not None]
+    blocks = {place_of(new).block: place_of(old).block for old, new in renamed}
     entries = []
     for tensor in plan.tensors:
         dropped = tensor.action == "drop"
         kind = fate(_ORIGINS[tensor.action], frozen=tensor.frozen or dropped, in_part=tensor.rows is not None)
-        name = tensor.name if dropped else tensor.output_name
-        entries.append(Entry(name, tensor.info, kind, tensor.frozen))
-    output = [entry for entry in entries if entry.kind is not FATES["dropped", "frozen"]]
+        name, to = tensor.name, tensor.to
+        if tensor.action == "add" and (block := place_of(name).block) in blocks:
+            name, to = blocks[block] + name[len(block) :], name
+        entries.append(Entry(name, tensor.info, kind, tensor.frozen, to=to))
+    output = [entry for entry in entries if entry.kind is not DROPPED]
     facts = [*_sizes(output), *_counts(_COUNTED, plan.counts)]
     verdict = f"A rewrite would freeze {of_all(plan.counts['frozen'], len(output)).replace('All', 'all')}"
-    return Page("plan", verdict, None, of, facts, plan.notes, draw(entries, list(FATES.values())))
+    return Page(
+        "plan",
+        verdict,
+        None,
+        of,
+        facts,
+        plan.notes,
+        draw(entries, list(FATES.values())),
+        renamed=list(dict.fromkeys(unlike_parts(old, new) for old, new in renamed)),
+        edits=[] if config is None else _edits(config),
+    )
+
+
+def _edits(config: ConfigEdits) -> list[tuple[str, str]]:
+    changed = [(shown(path), quoted(value, 100)) for path, value in config.set.items()]
+    return changed + [(shown(path), "goes") for path in config.unset]
 
 
 def of_manifest(manifest: Manifest, *, of: Sequence[tuple[str, str]]) -> Page:
@@ -149,7 +181,8 @@ def of_manifest(manifest: Manifest, *, of: Sequence[tuple[str, str]]) -> Page:
     entries = [Entry(name, record.info, fate_of(record), record.frozen) for name, record in manifest.tensors.items()]
     facts = [*_sizes(entries), *_counts({word: word for word in _COUNTED.values()}, manifest.counts)]
     facts += [Fact("root", "root", manifest.root), Fact("frozen_root", "root of what is frozen", manifest.frozen_root)]
-    lists = [names_of("of the base dropped", manifest.dropped)] if manifest.dropped else []
+    words = f"{counted(len(manifest.dropped))} of the base dropped"
+    lists = [names_of(words, manifest.dropped)] if manifest.dropped else []
     verdict = f"{of_all(manifest.counts['frozen'], len(entries))} must not change in training"
     return Page("output", verdict, None, of, facts, (), draw(entries, list(FATES.values())), lists=lists)
 

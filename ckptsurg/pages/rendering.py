@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from base64 import b64encode
 from collections.abc import Iterator
 from functools import cache
@@ -17,7 +18,7 @@ from ..errors import UsageError
 from ..wording import counted, shown, size
 from .entries import STATES
 from .heat import SHADES, Cell, level
-from .model import Page
+from .model import MOST_ROWS, Page
 
 __all__ = ["place_for", "render"]
 
@@ -42,6 +43,7 @@ def render(page: Page) -> bytes:
         style_hash=_hash(style),
         script_hash=_hash(script),
         version=version("ckptsurg"),
+        most_rows=MOST_ROWS,
         states=STATES,
         shades=_shades(),
         used={cell.state for cell in _cells(page)},
@@ -87,6 +89,7 @@ def _environment() -> Any:
         lstrip_blocks=True,
     )
     environment.filters |= {
+        "breakable": _breakable,
         "bytes": size,
         "cell": _cell,
         "counted": counted,
@@ -97,6 +100,13 @@ def _environment() -> Any:
         "told": _told,
     }
     return environment
+
+
+def _breakable(text: str) -> Any:
+    """A name that goes on in the next line after one of its parts, and not within a word."""
+    from markupsafe import Markup, escape
+
+    return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=[./_])(?=.)", text))
 
 
 def _text(name: str) -> str:
@@ -123,7 +133,7 @@ def _ratio(value: float, digits: int = 2) -> str:
 _SIGNS = {
     "∞": "changed from all zeros",
     "NaN": "changed from or to what is not finite",
-    "±0": "other bits, and values of the same size",
+    "±0": "other bits, but the same values: the sign of a zero, or the bits of a NaN",
 }
 
 
@@ -133,7 +143,9 @@ def _cell(cell: Cell) -> str:
         return STATES[cell.state][0]
     if not isfinite(cell.relative):
         return "∞" if isinf(cell.relative) else "NaN"
-    return _ratio(cell.relative, 1) if cell.relative else "±0"
+    if not cell.relative:
+        return STATES["other"][0] if cell.state == "other" else "±0"
+    return _ratio(cell.relative, 1)
 
 
 def _told(cell: Cell) -> str:

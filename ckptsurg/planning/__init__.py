@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
 
 from ..errors import SpecError
 from ..layers import from_metadata
@@ -41,12 +42,13 @@ def plan(spec: Spec, source: TensorSource, donors: Mapping[str, TensorSource] | 
     dropped = {name: rule_of(name) for name in base if name in drop.names}
     left = {name: info for name, info in base.items() if name not in dropped}
     if dropped:
-        space = Space(Names(left, layers), left, Names(dropped, layers))
+        space = Space(space.names.part(left), left, space.names.part(dropped))
+    called = output_names(findings, space, drop)
+    space = replace(space, called=called)
 
     claims = Claims(findings, space)
     given = grafts(findings, space, donors or {}, claims.owners)
     dtypes = casts(findings, space, claims.owners)
-    called = output_names(findings, space, drop)
     draws = Draws(findings, left, claims.owners, dtypes)
     copied = {name: info for name, info in left.items() if name not in claims.owners}
     planned = {name: _copied(name, info, claims, given.get(name), dtypes.get(name)) for name, info in copied.items()}
@@ -88,9 +90,14 @@ def _counts(tensors: Sequence[PlannedTensor]) -> Counts:
     return counts
 
 
+#: One set for a million tensors, of which pydantic would give each its own, larger than all else that it holds.
+_COPIED = set(PlannedTensor.model_fields)
+
+
 def _copied(name: str, info: TensorInfo, claims: Claims, graft: Graft | None, dtype: str | None) -> PlannedTensor:
     frozen, rule = claims.copied(name)
-    return PlannedTensor(
+    return PlannedTensor.model_construct(
+        _COPIED,
         name=name,
         action="graft" if graft is not None else "cast" if dtype is not None else "copy",
         frozen=frozen,

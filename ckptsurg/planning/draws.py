@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 
 from ..initializer_arguments import Initializer, refusal
@@ -26,7 +26,7 @@ class Draws:
         owners: Mapping[str, int],
         dtypes: Mapping[str, str],
     ) -> None:
-        self._findings = findings
+        self._findings, self._owners = findings, owners
         spec = findings.spec
         self.shapes = {
             name: TensorInfo(
@@ -95,5 +95,16 @@ class Draws:
 
     def report_refusals(self) -> None:
         """Report what cannot be drawn, once for each rule and reason."""
+        refused: dict[Place, list[str]] = defaultdict(list)
+        for (place, _), names in self._refused.items():
+            refused[place] += names
+        drawn = Counter[Place](("reinit", rule, "init") for rule in self._owners.values())
+        # The weights of a rule are drawn so, and their biases have too few dimensions.
+        lesser = {
+            place
+            for place, names in refused.items()
+            if len(names) < drawn[place] and all(len(self.shapes[name].shape) < 2 for name in names)
+        }
         for (place, reason), names in self._refused.items():
-            self._findings.add(place, f"{enumerate_names(names, 3)}: {reason}")
+            remedy = "; give it a rule of its own, or write `init: default`" if place in lesser else ""
+            self._findings.add(place, f"{enumerate_names(names, 3)}: {reason}{remedy}")

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from ..documents import Model
+from pydantic import Field
+
+from ..documents import Model, is_none
 from ..errors import UsageError
 from ..layers import from_metadata
 from ..matching import Names
@@ -43,11 +45,13 @@ class Explanation(Model):
         version: Of this document's form.
         tensor: What becomes of it.
         reasons: The patterns that match it, in the order of the spec.
+        also: Of a name in the base that the output gives to another tensor: why that one has its fate.
     """
 
     version: Literal[1] = 1
     tensor: PlannedTensor
     reasons: tuple[Reason, ...]
+    also: Explanation | None = Field(default=None, exclude_if=is_none)
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=1, ensure_ascii=True, by_alias=True)
@@ -60,24 +64,32 @@ def explain(spec: Spec, source: TensorSource, plan: Plan, name: str) -> Explanat
         spec: The spec.
         source: The base.
         plan: The plan that was made of the two.
-        name: Of the tensor, in the base or in the output.
+        name: Of the tensor, in the base or in the output; where these are two, both are explained.
 
     Raises:
         UsageError: if there is no such tensor.
     """
-    tensors = {tensor.output_name: tensor for tensor in plan.output} | {one.name: one for one in plan.tensors}
-    tensor = tensors.get(name)
-    if tensor is None:
-        near = [shown(one) for one in closest(name, tensors)]
+    before = {tensor.name: tensor for tensor in plan.tensors if tensor.action != "add"}
+    after = {tensor.output_name: tensor for tensor in plan.output}
+    found = [tensors[name] for tensors in (before, after) if name in tensors]
+    if not found:
+        near = [shown(one) for one in closest(name, before | after)]
         hint = f"nearest: {', '.join(near)}" if near else "`ckptsurg inspect CKPT` shows the names"
         raise UsageError(f'{source.label}: has no tensor "{shown(name)}"', hint=hint)
+    explained = [_explained(spec, source, plan, tensor) for tensor in found]
+    also = explained[-1] if found[0] is not found[-1] else None
+    return explained[0].model_copy(update={"also": also})
+
+
+def _explained(spec: Spec, source: TensorSource, plan: Plan, tensor: PlannedTensor) -> Explanation:
     if tensor.action == "add":
         added = [Reason(rule=tensor.rule or "add", pattern=tensor.name, does="takes", decides=True)]
         return Explanation(tensor=tensor, reasons=tuple(added))
     layers = from_metadata(getattr(source, "metadata", None))
     base = source.tensors
     left = {one.name: base[one.name] for one in plan.tensors if one.action not in ("drop", "add")}
-    whole, rest = Space(Names(base, layers), base), Space(Names(left, layers), left)
+    whole = Space(Names(base, layers), base)
+    rest = Space(whole.names.part(left), left)
     reasons: list[Reason] = []
     for key in RULES:
         if key != "drop" and tensor.action == "drop":

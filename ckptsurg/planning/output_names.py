@@ -18,6 +18,7 @@ from ..patterns import (
     Step,
     expand_braces,
     numbered_children,
+    numbers_below,
     parse,
     split_name,
 )
@@ -42,10 +43,7 @@ def renumbered(left: Sequence[str], dropped: Iterable[str]) -> dict[str, str]:
     Raises:
         PatternError: if a name that is gone is no part of such a block, or the numbers had gaps before.
     """
-    whole: dict[tuple[str, ...], set[str]] = defaultdict(set)
-    for name in left:
-        for above, child in numbered_children(name):
-            whole[above].add(child)
+    whole = numbers_below(left)
     gone: dict[tuple[str, ...], set[str]] = defaultdict(set)
     strays = []
     for name in dropped:

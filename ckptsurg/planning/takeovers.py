@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..parsing import Place
 from ..patterns import PatternError
@@ -124,6 +124,7 @@ def output_names(findings: Findings, space: Space, drop: Selection) -> dict[str,
             now = renumbered(list(space.tensors), sorted(gone))
         except PatternError as error:
             findings.add(("drop", min(closing), "renumber"), str(error))
+        space = replace(space, called=now)
     called = dict(now)
     owner: dict[str, int] = {}
     for position, rule in enumerate(spec.rename):

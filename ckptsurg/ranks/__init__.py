@@ -5,13 +5,14 @@ One process alone is the first of one rank, so that a stage is written once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Protocol, Self, TypeVar, runtime_checkable
 
+from ..errors import UsageError
 from ..metering import Progress
 
-__all__ = ["ALONE", "Ranks"]
+__all__ = ["ALONE", "Ranks", "refuse_unlike"]
 
 _Made = TypeVar("_Made")
 
@@ -87,3 +88,22 @@ class _Alone:
 
 
 ALONE = _Alone()
+
+
+def refuse_unlike(ranks: Ranks, see: Callable[[], Mapping[str, object]]) -> None:
+    """Raise UsageError if the ranks do not see the same.
+
+    Args:
+        ranks: The ranks.
+        see: What this one sees, by what messages call it; an error of it stops all.
+    """
+    seen = ranks.gather(see)
+
+    def compare() -> None:
+        for rank, things in enumerate(seen):
+            for label, thing in things.items():
+                if thing != seen[0][label]:
+                    message = f"{label}: rank {rank} sees another than rank 0"
+                    raise UsageError(message, hint="all ranks need to see the same files under one path")
+
+    ranks.share(compare)

@@ -12,8 +12,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from ..causes import explained
-from ..report import Difference
-from ..wording import counted, shown
+from ..report import Aside, Difference
+from ..wording import shown
 from .outcomes import Outcome, headline
 
 if TYPE_CHECKING:
@@ -57,15 +57,16 @@ def render(outcome: Outcome) -> bytes:
         case.system_out = _text([f"{report.verified:,} of {outcome.manifest.counts['frozen']:,}", *_listed(accepted)])
         suite.add_testcase(case)
     if outcome.exact:
-        others = _others(outcome)
-        message = "" if not others else "not exactly the manifest's tensors"
-        suite.add_testcase(_case("exactly the manifest's tensors", message, "exact", others))
+        others = [aside for aside in report.asides() if aside.kind != "untrained"]
+        message = "not exactly the manifest's tensors" if others else ""
+        suite.add_testcase(_case("exactly the manifest's tensors", message, "exact", _told(others)))
     if report.untrained is not None:
-        message = report.describe_untrained() if report.untrained else ""
-        names = _listed([shown(name) for name in report.untrained])
-        suite.add_testcase(_case("trainable tensors that moved", message, "untrained", names))
+        still = [aside for aside in report.asides() if aside.counts]
+        message = ", ".join(aside.words for aside in still)
+        suite.add_testcase(_case("trainable tensors that moved", message, "untrained", _told(still)))
     said = [headline(report), f"checkpoint: {outcome.checkpoint}", f"manifest: {outcome.manifest_path}", report.note]
-    suite.append(SystemOut(_text([*filter(None, said), *_others(outcome)])))
+    hints = [f"hint: {hint}" for hint in outcome.hints]
+    suite.append(SystemOut(_text([*filter(None, said), *_told(report.asides()), *hints])))
     return _document(suite)
 
 
@@ -139,12 +140,10 @@ def _case(
     return case
 
 
-def _others(outcome: Outcome) -> list[str]:
-    report = outcome.report
+def _told(asides: Iterable[Aside]) -> list[str]:
     lines = []
-    for names, what in ((report.extra, "not in the manifest"), (report.missing_trainable, "trainable, and missing")):
-        if names:
-            lines += [f"{counted(len(names))} {what}:", *_listed([f"  {shown(name)}" for name in names])]
+    for aside in asides:
+        lines += [f"{aside.words}:", *_listed([f"  {shown(tensor)}" for tensor in aside.tensors])]
     return lines
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ..causes import CAUSES
+from ..causes import CAUSES, UNSETTLED
 from ..report import Report
 from ..wording import counted, shown
 from .outcomes import Outcome, headline, voucher
@@ -38,14 +38,9 @@ def render(outcome: Outcome) -> str:
     said += [f"- hint: {_code(hint, 1000)}" for hint in outcome.hints]
     if report.note:
         said.append(f"- note: {_code(report.note, 1000)}")
-    for names, what in (
-        (report.extra, "not in the manifest"),
-        (report.missing_trainable, "trainable, and missing"),
-        (report.untrained or (), "trainable, and did not move"),
-        ([one.name for one in outcome.accepted], "in a wider dtype, which was accepted"),
-    ):
-        if names:
-            said.append(f"- {counted(len(names))} {what}: {_enumerated(names)}")
+    said += [f"- {aside.words}: {_enumerated(aside.tensors)}" for aside in report.asides()]
+    if accepted := [one.name for one in outcome.accepted]:
+        said.append(f"- {counted(len(accepted))} in a wider dtype, which was accepted: {_enumerated(accepted)}")
     if said:
         lines += ["", *said]
     return "\n".join(lines) + "\n"
@@ -72,7 +67,8 @@ def _counts(outcome: Outcome) -> Sequence[str]:
         ("frozen, wider, accepted", len(outcome.accepted)),
         ("not in the manifest", len(report.extra)),
         ("trainable, missing", len(report.missing_trainable)),
-        ("trainable, did not move", len(report.untrained or ())),
+        ("trainable, another shape or dtype", len(report.mismatched_trainable)),
+        ("trainable, did not move", sum(len(one.tensors) for one in report.asides() if one.kind == "untrained")),
     ]
     counts = always + [one for one in others if one[1]]
     return ["| tensors | |", "| --- | ---: |", *(f"| {what} | {count:,} |" for what, count in counts)]
@@ -84,11 +80,12 @@ def _vouched(report: Report) -> str:
 
 def _table(outcome: Outcome) -> list[str]:
     failed = outcome.failed
-    lines = ["| tensor | verdict | cause | detail |", "| --- | --- | --- | --- |"]
-    for one in failed[:_ROWS]:
-        detail = one.describe_detail()
-        cells = (_code(one.name), one.verdict, one.cause or "unknown", _code(detail) if detail else "")
-        lines.append(f"| {' | '.join(cells)} |")
+    details = [_code(detail) if (detail := one.describe_detail()) else "" for one in failed[:_ROWS]]
+    headings = ["tensor", "verdict", "cause", *(["detail"] if any(details) else [])]
+    lines = [f"| {' | '.join(headings)} |", f"| {' | '.join('---' for _ in headings)} |"]
+    for one, detail in zip(failed, details, strict=False):
+        cells = (_code(one.name), one.verdict, one.cause or UNSETTLED, detail)
+        lines.append(f"| {' | '.join(cells[: len(headings)])} |")
     if len(failed) > _ROWS:
         lines += ["", f"and {len(failed) - _ROWS:,} more; `--json` lists all"]
     return lines

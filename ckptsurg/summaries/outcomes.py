@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..causes import CAUSES
 from ..manifest import Manifest
 from ..report import Difference, Report
 from ..wording import counted
 
-__all__ = ["Outcome", "headline", "voucher"]
+__all__ = ["Outcome", "headline", "next_steps", "voucher"]
+
+#: Of frozen tensors that drifted without a cause: from here on it is not this or that tensor.
+_NEARLY_ALL, _SEVERAL = 0.9, 3
+_HOLD = (
+    "train with ckptsurg.freeze and its guard (in Trainer, Lightning and Keras the FreezeCallback), which stop the "
+    "first wrong step; ckptsurg.watch only finds the cause"
+)
+_CAST = f"values in another dtype went through a cast: {CAUSES['dtype_only'].remedy}"
+_LOAD = "train from the published output, not from its base or another head"
 
 _VOUCHERS = {
     "pinned": "the manifest is pinned",
@@ -55,7 +66,7 @@ class Outcome:
     @property
     def hints(self) -> list[str]:
         """The next steps, each once."""
-        return sorted({one.hint for one in self.failed if one.hint})
+        return next_steps(self.report, self.failed)
 
     def _is_accepted(self, one: Difference) -> bool:
         return self.allow_widened and one.verdict == "dtype_only"
@@ -67,22 +78,48 @@ def voucher(report: Report) -> str:
 
 
 def headline(report: Report) -> str:
-    """What was found, in one line without names."""
-    verified = counted(report.verified, "frozen tensor")
-    missing = sum(difference.verdict == "missing" for difference in report.drifted)
-    drifted = sum(difference.verdict != "missing" for difference in report.drifted)
-    if report.ok and report.drifted:
-        return f"{verified} verified, {drifted:,} in a wider dtype"
+    """What was found, in one line without names; what failed comes first."""
+    verified = f"{counted(report.verified, 'frozen tensor')} verified"
+    missing = sum(one.verdict == "missing" for one in report.drifted)
+    drifted = len(report.drifted) - missing
     if report.ok:
-        return f"{verified} verified: every one has its bits"
-    if not report.drifted and report.untrained:
-        return f"{verified} verified, but {counted(len(report.untrained), 'trainable tensor')} did not move"
+        found = f"{drifted:,} in a wider dtype" if drifted else "every one has its bits"
+        moved = "; what trains has moved" if report.untrained is not None else ""
+        return f"{verified}{', ' if drifted else ': '}{found}{moved}"
     if not report.drifted:
-        return f"{verified} verified, but there are others than the manifest's"
+        return f"{', '.join(aside.words for aside in report.shortcomings())}; {verified}"
     if not report.verified and not drifted:
-        if any(difference.cause == "not_saved" for difference in report.drifted):
+        if any(one.cause == "not_saved" for one in report.drifted):
             return f"none of the manifest's {counted(missing, 'frozen tensor')} is there: what trains was saved alone"
         return f"none of the manifest's {counted(missing, 'frozen tensor')} is there: is it this model's manifest?"
+    unsettled = sum(one.verdict == "changed" and one.cause is None for one in report.drifted)
+    total = report.verified + len(report.drifted)
+    if unsettled >= _SEVERAL and unsettled >= _NEARLY_ALL * total:
+        share = f"all {total:,}" if drifted == total else f"{drifted:,} of {total:,}"
+        return f"{share} frozen tensors drifted: was anything frozen? was this trained from this output?"
     counts = ((drifted, "drifted"), (missing, "missing"))
     parts = [f"{counted(count, 'frozen tensor')} {what}" for count, what in counts if count]
     return f"{', '.join(parts)}, {report.verified:,} verified"
+
+
+def next_steps(report: Report, failed: Sequence[Difference]) -> list[str]:
+    """What to do next, a line each.
+
+    Args:
+        report: What was found.
+        failed: The frozen tensors that are not what they should be.
+    """
+    steps = sorted({one.hint for one in failed if one.hint})
+    unsettled = {one.verdict for one in failed if one.cause is None}
+    others = {one.verdict for one in report.mismatched_trainable}
+    if any(one.verdict == "changed" and one.detail is None for one in failed):
+        steps.append("--baseline CKPT, the published output, shows where tensors differ and by how much")
+    if "dtype" in unsettled | others:
+        steps.append(_CAST)
+    if "changed" in unsettled:
+        steps.append(_HOLD)
+    if "shape" in others:
+        steps.append(f"{_LOAD}; with --expect-trained this fails" if report.ok else _LOAD)
+    if report.untrained:
+        steps.append("build the optimizer of frozen.trainable_parameters(), and verify what it trained")
+    return steps

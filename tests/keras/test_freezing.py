@@ -178,6 +178,15 @@ def test_a_new_head_on_a_frozen_base_trains(model, tmp_path):
         ckptsurg.freeze(whole, manifest, extra="error")
 
 
+def test_another_head_than_the_published_one_is_warned_of(model):
+    manifest = manifest_of(model, "**", "!fc")
+    other = keras.Model(model.input, layers.Dense(12, name="fc")(model.get_layer("dropout").output))
+    said = r"not as published, but trainable, .*: fc/bias .*, fc/kernel \(expected F32 \[4, 10\], found F32 \[4, 12\]\)"
+    with pytest.warns(UserWarning, match=said):
+        frozen = ckptsurg.freeze(other, manifest)
+    assert frozen.verify().ok and not frozen.verify(expect_trained=True).ok
+
+
 def test_freezing_the_base_alone_freezes_it_in_the_model_around_it(model):
     base = keras.Model(model.input, model.get_layer("pool").output, name="base")
     picture = keras.Input((8, 8, 1))

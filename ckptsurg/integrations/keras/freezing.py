@@ -11,13 +11,14 @@ from typing import Literal
 
 import keras
 
+from ...counterparts import mismatched
 from ...manifest import Manifest
 from ...renaming import Renaming
 from ...report import Report
 from ...tensors import TensorSource
 from ...wording import counted, enumerate_names
 from ..arguments import checked_extra, opened
-from ..messages import cannot_be_frozen, described, left_as_they_are
+from ..messages import cannot_be_frozen, described, left_as_they_are, not_as_published
 from .callback import FreezeCallback
 from .live import LiveModel, averages, built_with, layers_in
 from .refusals import refusals
@@ -64,6 +65,9 @@ def freeze(
         raise cannot_be_frozen(model, problems, hint)
     if unknown:
         warnings.warn(left_as_they_are(unknown), UserWarning, stacklevel=3)
+    infos = {name: live.source.tensors[own] for name, own in live.partners.items()}
+    if others := not_as_published(mismatched(manifest.tensors, infos)):
+        warnings.warn(others, UserWarning, stacklevel=3)
     frozen = {id(place.variable) for place in (live.frozen | live.rows).values()}
     optimizer = getattr(model, "optimizer", None)
     if averages(optimizer) and not frozen.isdisjoint(built_with(optimizer)):

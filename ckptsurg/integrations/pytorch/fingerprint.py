@@ -32,17 +32,32 @@ import torch
 
 from ...errors import FreezeError, FrozenWeightsChanged
 from ...frameworks.pytorch import as_dtensor
-from ...wording import enumerate_names, shown
+from ...wording import enumerate_names, on_ranks, shown
 from .lanes import Lanes, Piece
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
-__all__ = ["Fingerprint", "fingerprints"]
+__all__ = ["Fingerprint", "ReplicasDiffer", "fingerprints"]
 
 #: Both lanes, each from 0 to 2^64 - 1.
 Fingerprint: TypeAlias = tuple[int, int]
+
+
+class ReplicasDiffer(FrozenWeightsChanged):
+    """Processes that should have the same of a tensor have not.
+
+    Args:
+        names: Of the tensors.
+        ranks: The ranks where each moved, as far as that is known.
+    """
+
+    def __init__(self, names: Sequence[str], ranks: Mapping[str, Sequence[int]] | None = None) -> None:
+        known = {name: where for name, where in (ranks or {}).items() if where}
+        placed = enumerate_names(on_ranks(name, known.get(name, ())) for name in names)
+        super().__init__(f"{placed}: {'its' if len(names) == 1 else 'their'} replicas differ", ranks=known)
+        self.names = tuple(names)
 
 
 def fingerprints(
@@ -64,7 +79,7 @@ def fingerprints(
         compiled: Whether torch.compile makes the kernel for large tensors; None for on CUDA, if it can.
 
     Raises:
-        FrozenWeightsChanged: on all ranks, if the replicas of a DTensor differ.
+        ReplicasDiffer: on all ranks, if the replicas of a DTensor do.
         FreezeError: on the ranks where a DTensor's part is not the one that its placements say.
     """
     lanes: dict[str, torch.Tensor] = {}
@@ -90,7 +105,7 @@ def fingerprints(
             lanes |= zip(names, sums.unbind(), strict=True)
         numbers = _on_host(lanes)
     if torn := [name for name, (_, _, *differ) in numbers.items() if any(differ)]:
-        raise FrozenWeightsChanged(f"{enumerate_names(torn)}: {'its' if len(torn) == 1 else 'their'} replicas differ")
+        raise ReplicasDiffer(torn)
     return {name: (first % 2**64, second % 2**64) for name, (first, second, *_) in numbers.items()}
 
 
@@ -137,7 +152,8 @@ def _part(tensor: DTensor, name: str) -> tuple[torch.Tensor, tuple[int, ...], tu
     local = tensor.to_local()
     if (local.numel() or prod(shape)) and list(local.shape) != shape:
         raise FreezeError(
-            f"{shown(name)}: this rank's part has the shape {list(local.shape)}, where {shape} was expected"
+            f"{shown(name)}: the part of rank {mesh.get_rank()} has the shape {list(local.shape)}, "
+            f"where {shape} was expected"
         )
     return local, tuple(offsets), tuple(isinstance(placement, Shard) for placement in placements)
 

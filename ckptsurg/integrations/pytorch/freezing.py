@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from ...counterparts import mismatched
 from ...errors import FreezeError, UsageError
 from ...manifest import Manifest
 from ...renaming import Renaming
@@ -23,13 +24,14 @@ from ...tensors import TensorSource
 from ...verifying import verify
 from ...wording import counted, enumerate_names, shown
 from ..arguments import checked_extra, opened
-from ..messages import cannot_be_frozen, described, left_as_they_are
+from ..messages import cannot_be_frozen, described, left_as_they_are, not_as_published
 from .guard import Guard
 from .holds import StaysInEvaluation, moves_in_training
 from .live import LiveModel, Roles
 from .marks import Marks
 from .refusals import refusals
 from .rows import HeldRows
+from .shares import Shares, this_rank
 from .witness import Witness
 
 __all__ = ["FrozenModel", "freeze"]
@@ -77,7 +79,7 @@ def freeze(
         if extra == "error" and unknown:
             problems.append(f"parameters that the manifest lacks: {enumerate_names(unknown)}")
         if problems:
-            raise cannot_be_frozen(model, problems, hint)
+            raise cannot_be_frozen(model, problems, hint, this_rank())
         if _waits_for_gradients(model, now, roles):
             raise FreezeError(
                 "the model is wrapped by DistributedDataParallel already, which waits for gradients that will not come",
@@ -85,6 +87,8 @@ def freeze(
             )
         if unknown:
             warnings.warn(left_as_they_are(unknown), UserWarning, stacklevel=3)
+        if others := not_as_published(mismatched(manifest.tensors, live.infos())):
+            warnings.warn(others, UserWarning, stacklevel=3)
         if copies := _frozen_copies(model, now, roles):
             message = (
                 f"{enumerate_names(copies)}: PEFT made a copy to train (modules_to_save), and the manifest freezes it"
@@ -165,7 +169,8 @@ class FrozenModel:
         roles, now = live.roles(manifest), live.now()
         self._roles = roles
         # What may fail comes before what changes the model.
-        self._marks = Marks(live, roles)
+        self._shares = Shares(live, roles)
+        self._marks = Marks(live, roles, self._shares)
         self._rows = HeldRows(live.model, roles.rows) if roles.rows else None
         self._found: dict[str, _Found] = {}
         for name in roles.frozen:
@@ -183,7 +188,7 @@ class FrozenModel:
         }
         self.kept_in_evaluation = tuple(kept)
         self._stand_ins = list(kept.values())
-        self._witness = Witness(live, roles)
+        self._witness = Witness(live, roles, self._shares)
         _FREEZES.add(self)
 
     def __repr__(self) -> str:
@@ -203,6 +208,8 @@ class FrozenModel:
         if not any(module is self.model for module in wrapped.modules()):
             raise UsageError(f"the frozen model is not inside this {type(wrapped).__name__}")
         self._live.model = wrapped
+        self._shares.forget()
+        self._shares.note()
 
     def frozen_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What the model has now of the tensors that are frozen as a whole, by its own names; looked up every time."""
@@ -260,7 +267,8 @@ class FrozenModel:
         if isinstance(saved, Mapping):
             tensors = {name.removeprefix(prefix): one for name, one in saved.items() if name.startswith(prefix)}
             source = self._live.source_of(tensors, "the state dict")
-            return verify(self.manifest, source, allow_widened=True, witnessed=witnessed)
+            report = verify(self.manifest, source, allow_widened=True, witnessed=witnessed)
+            return self._shares.blamed(report, self._live.found_in(tensors))
         from ...formats import AdapterOverBase, open_trained
 
         with open_trained(Path(saved)) as opened:
@@ -287,11 +295,13 @@ class FrozenModel:
         Raises:
             UsageError: if the optimizer is none of torch, or ``every`` is no number of steps.
         """
+        self._shares.note()  # the model may have been sharded since it was frozen
         return Guard(
             optimizer,
             self._witness,
             self._marks,
             self.verify,
+            lambda moved: self._witness.verify_moved(self.manifest, moved),
             every=every,
             at_the_end=lambda: self.verify(expect_trained=expect_trained),
         )

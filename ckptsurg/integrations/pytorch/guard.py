@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol, Self
@@ -18,6 +18,7 @@ from ..arguments import checked_every
 from ..messages import about_to_move
 from .marks import Marks
 from .rows import put_back
+from .shares import this_rank
 from .steps import goes_backward, uncompiled, under_way
 from .witness import Witness
 
@@ -49,6 +50,7 @@ class Guard:
         witness: Witness,
         marks: Marks,
         verify: Callable[[], Report],
+        verify_moved: Callable[[Collection[str]], Report],
         *,
         every: int | None,
         at_the_end: Callable[[], Report],
@@ -60,6 +62,7 @@ class Guard:
             witness: Who looks before each step.
             marks: What is compared after it.
             verify: Proves all digests.
+            verify_moved: Proves those of what moved.
             every: As ``FrozenModel.guard`` takes it.
             at_the_end: Proves what is to be proven at the end.
 
@@ -74,7 +77,7 @@ class Guard:
                 hint="give the torch.optim.Optimizer inside of it",
             )
         self._witness, self._marks, self._verify = witness, marks, verify
-        self._at_the_end = at_the_end
+        self._verify_moved, self._at_the_end = verify_moved, at_the_end
         self.steps = 0
         self.seconds = 0.0
         self._before_these = 0
@@ -120,7 +123,7 @@ class Guard:
 
     def _refuse(self, about: Mapping[str, str], when: str) -> None:
         if about:
-            raise about_to_move(about, when)
+            raise about_to_move(about, when, this_rank())
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Sequence[object], options: Mapping[str, object]) -> None:
         put_back()  # this hook runs before those that put rows back
@@ -148,9 +151,9 @@ class Guard:
             self._compare(when)
 
     def _compare(self, when: str) -> None:
-        if self._marks.moved():
-            self._verify().raise_if_changed(when)
-            self._marks.take()  # the same values in a wider dtype have other marks
+        if moved := self._marks.moved():
+            self._verify_moved(moved).raise_if_changed(when)
+            self._marks.take_again(moved)  # the same values in a wider dtype have other marks
 
     def cost(self) -> str:
         """What watching costs, in words."""

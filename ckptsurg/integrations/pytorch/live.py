@@ -69,9 +69,10 @@ class LiveModel:
 
     def now(self) -> dict[str, torch.Tensor]:
         """The model's tensors as they are now, by the names that ``parts`` have for them."""
-        return self._found_in(live_tensors(self.model))
+        return self.found_in(live_tensors(self.model))
 
-    def _found_in(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def found_in(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Those of a state dict of the model, by the names that ``parts`` have for them."""
         return {name: tensors[own] for name, own in align(self._live, _as_used(tensors, self.model)).items()}
 
     def holding(self, name: str) -> Part:
@@ -105,9 +106,14 @@ class LiveModel:
         parts = [part for part in self.parts if not gone.intersection(part.saved)]
         return self._source(parts, self.now(), f"the model ({type(self.model).__name__})")
 
+    def infos(self) -> dict[str, TensorInfo]:
+        """Dtype and shape of what the model has, by the names of the checkpoint that was wanted."""
+        tensors = self.source().tensors
+        return {name: tensors[own] for name, own in self.partners.items()}
+
     def source_of(self, state: Mapping[str, torch.Tensor], label: str) -> LiveTensors:
         """A state dict of the model as a TensorSource under its checkpoint's names."""
-        return self._source(self.parts, self._found_in(state), label)
+        return self._source(self.parts, self.found_in(state), label)
 
     @staticmethod
     def _source(parts: Sequence[Part], live: Mapping[str, torch.Tensor], label: str) -> LiveTensors:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
 from ...frameworks.pytorch import as_dtensor, bytes_of
 from ...tensors import digest_of
-from .fingerprint import Fingerprint, fingerprints
+from .fingerprint import Fingerprint, ReplicasDiffer, fingerprints
 from .live import LiveModel, Roles
+from .shares import Shares
 
 __all__ = ["Marks"]
 
@@ -23,29 +24,49 @@ class Marks:
     Args:
         live: The model.
         roles: What is frozen of it.
+        shares: Who knows whose share moved.
     """
 
-    def __init__(self, live: LiveModel, roles: Roles) -> None:
+    def __init__(self, live: LiveModel, roles: Roles, shares: Shares) -> None:
         self._live, self._names, self._rows = live, (*roles.frozen, *roles.rows), roles.rows
-        self.take()
+        self._shares = shares
+        self._fingerprints: dict[str, Fingerprint] = {}
+        self._digests: dict[str, str] = {}
+        with live.whole():
+            self._take(self._names)
+        shares.note()
 
-    def take(self) -> None:
-        """Mark what is there now. Where the model is sharded, every process has to."""
-        with self._live.whole():
-            tensors = self._tensors()
-            self._fingerprints = fingerprints(tensors, rows=self._rows)
-            self._digests = {name: self._digest(name, one) for name, one in tensors.items() if _on_processor(one)}
+    def take_again(self, names: Collection[str]) -> None:
+        """Mark these as they are now. Where they are sharded, every process has to."""
+        with self._shares.whole_for(names):
+            self._take(names)
+        self._shares.note(anew=names)
+
+    def _take(self, names: Collection[str]) -> None:
+        tensors = self._tensors()
+        tensors = {name: tensors[name] for name in names if name in tensors}
+        for name in names:
+            self._fingerprints.pop(name, None)
+            self._digests.pop(name, None)
+        self._fingerprints |= fingerprints(tensors, rows=self._rows)
+        self._digests |= {name: self._digest(name, one) for name, one in tensors.items() if _on_processor(one)}
 
     def moved(self) -> list[str]:
         """Tensors that are not what they were, or not there, since the marks were taken.
 
         Each is read once. Where the model is sharded, every process has to ask.
+
+        Raises:
+            ReplicasDiffer: on all processes that share a tensor of which some have other replicas.
         """
         with self._live.whole():
             tensors = self._tensors()
             digested = {name for name, one in tensors.items() if _on_processor(one) and name in self._digests}
             others = {name: one for name, one in tensors.items() if name not in digested}
-            now = fingerprints(others, rows=self._rows)
+            try:
+                now = fingerprints(others, rows=self._rows)
+            except ReplicasDiffer as torn:
+                raise ReplicasDiffer(torn.names, self._shares.whose(torn.names, replicas=True)) from None
             changed = [name for name in digested if self._digest(name, tensors[name]) != self._digests[name]]
             return changed + [name for name in self._names if name not in digested and self._differs(name, now)]
 

@@ -22,7 +22,7 @@ from ...renaming import align
 from ...wording import shown
 from .steps import stepped_by, uncompiled, under_way
 
-__all__ = ["HeldRows", "put_back"]
+__all__ = ["HeldRows", "local_rows", "put_back"]
 
 
 class HeldRows:
@@ -79,7 +79,7 @@ class HeldRows:
         self._mask(parameters)
         for name, tensor in parameters.items():
             if name not in self._aside.bits:
-                self._aside.bits[name] = [part.clone() for part in _local(tensor.detach(), self._rows[name])]
+                self._aside.bits[name] = [part.clone() for part in local_rows(tensor.detach(), self._rows[name])]
 
     def put_back(self, *, forget: bool) -> None:
         """A step ends. The parameters are looked up anew: some optimizers put other memory in their place."""
@@ -89,7 +89,7 @@ class HeldRows:
         with torch.no_grad():
             for name, bits in self._aside.bits.items():
                 if name in parameters:
-                    for part, old in zip(_local(parameters[name].detach(), self._rows[name]), bits, strict=True):
+                    for part, old in zip(local_rows(parameters[name].detach(), self._rows[name]), bits, strict=True):
                         part.copy_(old)
         if forget:
             self._aside.bits = {}
@@ -117,11 +117,11 @@ class _Aside(threading.local):
 
 def _clear(rows: tuple[int, int], parameter: torch.Tensor) -> None:
     if parameter.grad is not None and parameter.grad.layout is torch.strided:
-        for part in _local(parameter.grad, rows):
+        for part in local_rows(parameter.grad, rows):
             part.zero_()
 
 
-def _local(tensor: torch.Tensor, rows: tuple[int, int]) -> list[torch.Tensor]:
+def local_rows(tensor: torch.Tensor, rows: tuple[int, int]) -> list[torch.Tensor]:
     """What this process has of some rows, as views."""
     sharded = as_dtensor(tensor)
     if sharded is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -16,7 +17,9 @@ from ...manifest import Manifest
 from ...renaming import Renaming
 from ...report import Report
 from ...verifying import verify
+from ..messages import not_as_published, the_model
 from .live import LiveModel
+from .shares import Shares, this_rank
 from .steps import goes_backward, uncompiled, under_way
 from .witness import Witness
 
@@ -68,14 +71,18 @@ class Watch:
             found = verify(manifest, source, allow_widened=True, saved=False)
             if not found.ok:
                 raise FreezeError(
-                    f"the model ({type(self._model).__name__}) does not hold what the manifest freezes, "
+                    f"{the_model(self._model, this_rank())} does not hold what the manifest freezes, "
                     f"or has changed since it was described: {found.summary(5)}"
                 )
+            if others := not_as_published(found.mismatched_trainable):
+                warnings.warn(others, UserWarning, stacklevel=2)
             copies = {name: whole_of(source.tensor(live.partners[name])).clone() for name in manifest.frozen}
             # What is in a wider dtype than the manifest's is no baseline of it.
             self._before = None if found.drifted else TorchTensors(copies, "the model before")
         self._live, roles = live, live.roles(manifest)
-        self._witness = Witness(live, roles, rows_are_held=False)
+        shares = Shares(live, roles)
+        shares.note()
+        self._witness = Witness(live, roles, shares, rows_are_held=False)
         self._handles = [
             register_optimizer_step_pre_hook(uncompiled(self._before_step)),
             register_optimizer_step_post_hook(uncompiled(self._after_step)),

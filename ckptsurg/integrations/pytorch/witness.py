@@ -18,6 +18,7 @@ from ...verifying import verify
 from .fingerprint import Fingerprint, fingerprints
 from .holds import mover, moves_in_training, shrinks_rows
 from .live import LiveModel, Roles
+from .shares import Shares
 from .steps import stepped_by
 
 __all__ = ["Witness", "rows_that_others_train", "tied_to_trainable"]
@@ -35,15 +36,17 @@ class Witness:
             that a gradient of zero left open gives way to a later one.
     """
 
-    def __init__(self, live: LiveModel, roles: Roles, *, rows_are_held: bool = True) -> None:
+    def __init__(self, live: LiveModel, roles: Roles, shares: Shares, *, rows_are_held: bool = True) -> None:
         """Begin to look.
 
         Args:
             live: The model.
             roles: What is frozen of it.
+            shares: Who knows whose share of a tensor moved.
             rows_are_held: Whether somebody holds the rows of what is frozen in a part: then it may have a gradient.
         """
         self._live, self._frozen, self._partly = live, roles.frozen, roles.rows
+        self._shares = shares
         self._rows = {} if rows_are_held else roles.rows
         now = live.now()
         self.causes: dict[str, str] = {}
@@ -168,18 +171,54 @@ class Witness:
         self._training.update(path for path, module in self._live.model.named_modules() if module.training)
 
     def verify(self, manifest: Manifest, baseline: TensorSource | None, *, expect_trained: bool) -> Report:
-        """Prove that every frozen tensor of the model has its bits, with what was seen for the causes."""
+        """Prove that every frozen tensor of the model has its bits, with what was seen for the causes.
+
+        Where the model is sharded, every process has to ask.
+        """
         with self._live.whole():
-            return verify(
-                manifest,
-                self._live.source(),
-                baseline=baseline,
-                allow_widened=True,
-                expect_trained=expect_trained,
-                witnessed=self.by_saved_name(),
-                saved=False,
-                also_given=self._live.names,
-            )
+            report = self._verified(manifest, baseline, expect_trained=expect_trained)
+        return self._shares.blamed(report)
+
+    def verify_moved(self, manifest: Manifest, moved: Collection[str]) -> Report:
+        """Prove what this process found to have moved, with causes.
+
+        Only those have to ask that share what moved: with the others nothing is gathered. What this process has whole
+        is proven too, for causes are settled by it.
+
+        Args:
+            manifest: What must hold.
+            moved: Live names.
+        """
+        held = {name: self._live.holding(name).live for name in self._live.partners}
+        asked = {name for name, live in held.items() if not set(live).isdisjoint(moved)}
+        asked.update(*(group for group in manifest.tied if not asked.isdisjoint(group)))
+        alone = self._shares.unreadable_alone()
+        shared = {name for name, live in held.items() if not alone.isdisjoint(live)}
+        without = {one for one in shared - asked if shared.isdisjoint(asked) or manifest.tensors[one].frozen}
+        with self._shares.whole_for(moved):
+            report = self._verified(manifest, None, without=without)
+        drifted = tuple(one for one in report.drifted if one.name not in without)
+        ok = all(one.verdict == "dtype_only" for one in drifted)
+        return self._shares.blamed(report.model_copy(update={"ok": ok, "drifted": drifted}))
+
+    def _verified(
+        self,
+        manifest: Manifest,
+        baseline: TensorSource | None,
+        *,
+        expect_trained: bool = False,
+        without: Collection[str] = (),
+    ) -> Report:
+        return verify(
+            manifest,
+            self._live.source(without),
+            baseline=baseline,
+            allow_widened=True,
+            expect_trained=expect_trained,
+            witnessed=self.by_saved_name(),
+            saved=False,
+            also_given=self._live.names,
+        )
 
     def by_saved_name(self) -> dict[str, str]:
         """What is known of every frozen tensor, were it to have moved, by the checkpoint's names."""
