@@ -239,6 +239,8 @@ class Staging(Room):
     def link(self, name: str, source: Path, file: StoredFile) -> str | None:
         """Another name for a file of the base, on disk; or why there can be none."""
         path = self._place(name)
+        if self.recorded:
+            path.unlink(missing_ok=True)
         try:
             disk.link(Path(os.path.realpath(source)), path)  # of a symbolic link there would be another symbolic link
         except OSError as failure:

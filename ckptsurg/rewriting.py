@@ -113,13 +113,13 @@ def rewrite(
     layout = _laid_out(writer, destination)
     times = [(file.status.st_size, file.status.st_mtime_ns) for one in (base, *given.values()) for file in one.files]
     run = _identity(spec, sources, times, layout, algorithm)
-    with _staged(writer, layout, destination, run if resume else None, ranks) as (staging, works, room):
-        journal = Journal(journal_beside(room.folder, ranks.rank), run)
-        records = _write(writer, works, room, journal, [whole, *given.values()], progress, ranks)
+    with _staged(writer, layout, destination, run if resume else None, ranks) as made:
+        journal = Journal(journal_beside(made.room.folder, ranks.rank), run)
+        records = _write(writer, made, journal, [whole, *given.values()], progress, ranks)
 
         def publish() -> Manifest:
-            assert staging is not None
-            _write_others(staging, layout, whole, destination)
+            assert made.staging is not None
+            _write_others(made.staging, layout, whole, destination)
             manifest = Manifest.of(
                 records,
                 spec=SpecIdentity(name=spec.name, digest=spec.digest(algorithm)),
@@ -128,7 +128,7 @@ def rewrite(
                 dropped=[tensor.name for tensor in plan.tensors if tensor.action == "drop"],
                 algorithm=algorithm,
             )
-            _publish(staging, manifest.to_bytes(), destination)
+            _publish(made.staging, manifest.to_bytes(), destination)
             return manifest
 
         return ranks.share(publish)
@@ -143,11 +143,11 @@ def convert(
         raise UsageError(f"{shown(beside)}: a manifest that would speak for the output; move it, or call OUT otherwise")
     writer = Writer(Spec(version=1), plan, base, algorithm=None, inherited={}, jobs=jobs, link=destination.link)
     layout = _laid_out(writer, destination)
-    with _staged(writer, layout, destination, None, ALONE) as (staging, works, room):
-        assert staging is not None
-        _write(writer, works, room, None, [base], progress, ALONE)
-        _write_others(staging, layout, base, destination)
-        _publish_weights(staging, destination)
+    with _staged(writer, layout, destination, None, ALONE) as made:
+        assert made.staging is not None
+        _write(writer, made, None, [base], progress, ALONE)
+        _write_others(made.staging, layout, base, destination)
+        _publish_weights(made.staging, destination)
 
 
 def dealt(plan: Plan, base: Checkpoint, ranks: int, donors: Mapping[str, Checkpoint] | None = None) -> Deal:
@@ -182,11 +182,28 @@ def _identity(
     return digest_of([json.dumps(said).encode()], algorithm)
 
 
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    """An output in the making, as one rank has it.
+
+    Attributes:
+        staging: Its folder, which the first rank alone may publish.
+        room: Where this one makes its part of it.
+        works: What that is.
+        recorded: Digests of tensors that a stopped run may have brought to their places, by name in the output.
+    """
+
+    staging: Staging | None
+    room: Room
+    works: Sequence[Work]
+    recorded: Mapping[str, str]
+
+
 @contextmanager
 def _staged(
     writer: Writer, layout: Layout, destination: Destination, run: str | None, ranks: Ranks
-) -> Iterator[tuple[Staging | None, Sequence[Work], Room]]:
-    """The staging folder, which the first rank alone has; what this rank does; and the room it does it in."""
+) -> Iterator[_Staged]:
+    """An output in the making, staged by the first rank; its folder is gone at the end, whatever happens."""
     share = deal(layout.files, ranks.size, writer.base.extents).shares[ranks.rank]
     with ExitStack() as stack:
         staging: Staging | None = None
@@ -211,28 +228,17 @@ def _staged(
 
         folder, linked, recorded, is_shared = ranks.share(stage)
         works = [
-            Work(
-                file,
-                share[file.name],
-                is_alone=not is_shared,
-                is_linked=file.name in linked,
-                recorded={
-                    one.output_name: recorded[one.output_name] for one in file.tensors if one.output_name in recorded
-                }
-                if recorded
-                else {},
-            )
+            Work(file, share[file.name], is_alone=not is_shared, is_linked=file.name in linked)
             for file in layout.files
             if file.name in share
         ]
         room = stack.enter_context(closing(Room(folder))) if staging is None else staging
-        yield staging, works, room
+        yield _Staged(staging, room, works, recorded)
 
 
 def _write(
     writer: Writer,
-    works: Sequence[Work],
-    room: Room,
+    made: _Staged,
     journal: Journal | None,
     sources: Sequence[Checkpoint],
     progress: Progress | None,
@@ -245,8 +251,8 @@ def _write(
     """
 
     def write() -> tuple[Mapping[str, TensorRecord], Amounts]:
-        meter = Meter(sum(len(work.span) for work in works), ranks.watched(progress))
-        writer.write(works, room, meter, journal)
+        meter = Meter(sum(len(work.span) for work in made.works), ranks.watched(progress))
+        writer.write(made.works, made.room, meter, journal=journal, recorded=made.recorded)
         for source in sources:
             source.refuse_if_changed()
         return writer.records, writer.amounts

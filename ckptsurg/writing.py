@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass
 from itertools import accumulate
 
 from .checkpoints import Checkpoint, Extent, StoredFile
@@ -36,14 +37,12 @@ class Work:
         span: The range of its bytes that is brought.
         is_alone: Whether the file is not there yet, and no other rank has a part of it.
         is_linked: Whether it is a further name of the base's by now, so that its tensors are only read.
-        recorded: Digests of its tensors that a stopped run may have brought to their places, by name in the output.
     """
 
     file: OutputFile
     span: range
     is_alone: bool = True
     is_linked: bool = False
-    recorded: Mapping[str, str] = field(default_factory=dict)
 
     def own(self) -> Iterator[tuple[PlannedTensor, int]]:
         """The tensors that the span has a part of, or that are recorded here, each with its offset in the file."""
@@ -109,7 +108,15 @@ class Writer:
                 _log.warning("%s: cannot be linked to the base (%s)", shown(file.name), obstacle)
         return linked
 
-    def write(self, works: Sequence[Work], room: Room, meter: Meter, journal: Journal | None = None) -> None:
+    def write(
+        self,
+        works: Sequence[Work],
+        room: Room,
+        meter: Meter,
+        *,
+        journal: Journal | None = None,
+        recorded: Mapping[str, str] | None = None,
+    ) -> None:
         """Write files, or parts of them; they are on disk at the end.
 
         Args:
@@ -117,6 +124,7 @@ class Writer:
             room: Where.
             meter: Told how many bytes are done.
             journal: Told which tensors are in their places.
+            recorded: Digests of tensors that a stopped run may have brought to theirs, by name in the output.
 
         Raises:
             SpecError: if a value that is to be drawn does not fit its dtype.
@@ -127,35 +135,31 @@ class Writer:
         targets: list[Target] = []
         self._total = sum(len(work.span) for work in works)
         self._journal = journal
-        kept = self._kept(works, room, meter)
+        kept = self._kept(works, room, meter, recorded or {})
         run(self._segments(works, kept, room, targets, meter), self._jobs, meter)
         for target in targets:
             self.amounts.update(target.amounts)
 
     # --- What a stopped run has left
 
-    def _kept(self, works: Sequence[Work], room: Room, meter: Meter) -> set[str]:
+    def _kept(self, works: Sequence[Work], room: Room, meter: Meter, recorded: Mapping[str, str]) -> set[str]:
         """The tensors that a stopped run has brought to their places: read, and found to have their digests."""
-        if self._algorithm is None:
+        if self._algorithm is None or not recorded:
             return set()
-        found: dict[str, TensorRecord] = {}
-        readings, opened = [], []
+        kept: dict[str, TensorRecord] = {}
         for work in works:
-            if not work.recorded or (staged := room.read(work.file.name)) is None:
+            if (staged := room.read(work.file.name)) is None:
                 continue
-            opened.append(staged)
+            found: dict[str, TensorRecord] = {}
+            readings = []
             for tensor, position in work.own():
                 whole = range(position, position + tensor.info.nbytes)
-                if tensor.output_name in work.recorded and within(whole, work.span) == whole:
+                if tensor.output_name in recorded and within(whole, work.span) == whole:
                     recorder = Recorder(tensor, self._algorithm, found.__setitem__, self._threads(tensor))
                     readings.append(Reading(Extent(staged, position, len(whole)), recorder))
-        try:
-            run(segments(readings, "what was staged", self._jobs), self._jobs, meter)
-        finally:
-            for staged in opened:
-                staged.close()
-        recorded = {name: digest for work in works for name, digest in work.recorded.items()}
-        kept = {name: record for name, record in found.items() if record.digest == recorded[name]}
+            with closing(staged):
+                run(segments(readings, "what was staged", self._jobs), self._jobs, meter)
+            kept |= {name: record for name, record in found.items() if record.digest == recorded[name]}
         for name, record in kept.items():
             self._keep(name, record)
         self.amounts["kept"] += sum(record.info.nbytes for record in kept.values())

@@ -59,6 +59,7 @@ class ProcessGroupRanks:
         self._group = dist.new_group(members, timeout=_WORK, backend="gloo", use_local_synchronization=True)
         self.rank, self.size = dist.get_rank(self._group), len(members)
         self._is_stopped = False
+        self._entered = 0
         self._looked = 0.0
         self._store = dist.distributed_c10d._get_default_store()  # it has no public name
         self._failed = f"ckptsurg/{self.share(lambda: uuid4().hex)}/failed"
@@ -136,14 +137,20 @@ class ProcessGroupRanks:
             raise SystemFailure(f"another rank is lost: {shown(reason)}") from failure
 
     def __enter__(self) -> Self:
+        self._entered += 1
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> None:
         """Nobody leaves before all do, unless they are stopped; who is stopped from outside does not wait."""
-        if not self._is_stopped and (error is None or isinstance(error, Exception)):
-            self._agree(error)
+        self._entered -= 1
+        try:
+            if not self._is_stopped and (error is None or isinstance(error, Exception)):
+                self._agree(error)
+        finally:
+            if not self._entered:
+                dist.destroy_process_group(self._group)
 
 
 class _OthersFailed(Exception):
