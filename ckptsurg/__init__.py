@@ -20,7 +20,8 @@ Data flows one way; each module knows only those further down in its line or bel
       comparing, traits, renaming    two versions of a tensor, and in which way they differ; two names of one
       config, config_checks          config.json: its edits, and where it does not say what the tensors are
       writing, layout, publishing    who brings bytes to an output; where they go; how it becomes visible
-      targets, claiming              where an output may go; one run at a time
+      targets, claiming, journal     where an output may go; one run at a time; what is done of it
+      ranks, dealing                 processes that do one job; how its bytes are dealt out to them
       making, describing             tensors that are drawn or cast; the manifest's records
       grafting, casting              a base with another's tensors; values in another dtype
       reading, copying               bytes are read in threads; and written, or shared

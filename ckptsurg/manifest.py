@@ -364,9 +364,11 @@ def load_manifest(path: str | Path) -> Manifest:
 def _other(raw: bytes) -> str | None:
     """What a document is that is no manifest, where that is known."""
     try:
-        known = known_document(parse_json(raw.decode("utf-8")))
+        data = parse_json(raw.decode("utf-8"))
     except ValueError:
         return None
+    is_ours = isinstance(data, dict) and not {"root", "frozen_root"}.isdisjoint(data)
+    known = None if is_ours else known_document(data)
     return None if known is None else f"it is {known}"
 
 
