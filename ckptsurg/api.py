@@ -211,7 +211,7 @@ def rewrite(
         target, algorithm = as_target(out), as_algorithm(digest)
         base, given = _opened_by_all(ranks, stack, ckpt, donors)
 
-        def prepare() -> tuple[Spec, Plan, rewriting.Destination, Mapping[str, TensorRecord] | None]:
+        def prepare() -> tuple[Spec, Plan, rewriting.Destination, str, Mapping[str, TensorRecord] | None]:
             kept = kept_plan(spec)
             document = as_spec(spec, base, given) if kept is None else spec_of(kept)
             done = prepared(document, base, given)
@@ -232,9 +232,9 @@ def rewrite(
                 link,
             )
             inherited = inherited_records(base, algorithm) if trust_base_manifest else None
-            return document, done.plan, destination, inherited
+            return document, done.plan, destination, algorithm, inherited
 
-        document, planned, destination, inherited = ranks.share(prepare)
+        document, planned, destination, algorithm, inherited = ranks.share(prepare)
         return rewriting.rewrite(
             document,
             planned,

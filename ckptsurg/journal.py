@@ -63,7 +63,7 @@ def recorded_by(journals: Iterable[Path], run: str) -> dict[str, str]:
         for line in lines:
             try:
                 said = json.loads(line)
-            except ValueError:  # torn
+            except (ValueError, RecursionError):  # torn, or not ours
                 continue
             if isinstance(said, dict):
                 is_of_run = said.get("run") == run

@@ -127,7 +127,7 @@ class Staging(Room):
         self._unflushed: Path | None = None
         self._holds_old = self._holds_withdrawn = False
         try:
-            if run is not None and self.folder.is_dir():
+            if run is not None and self.folder.is_dir() and not self.folder.is_symlink():
                 self.recorded = recorded_by(self._claim.journals(), run)
             self._claim.sweep(spare_output=bool(self.recorded))
         except BaseException:

@@ -102,7 +102,7 @@ def refuse_unlike(ranks: Ranks, see: Callable[[], Mapping[str, object]]) -> None
     def compare() -> None:
         for rank, things in enumerate(seen):
             for label, thing in things.items():
-                if thing != seen[0][label]:
+                if thing != seen[0].get(label):
                     message = f"{label}: rank {rank} sees another than rank 0"
                     raise UsageError(message, hint="all ranks need to see the same files under one path")
 
