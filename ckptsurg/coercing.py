@@ -104,12 +104,11 @@ def as_target(given: object) -> Path:
 def as_spec(given: SpecLike, source: TensorSource, donors: Mapping[str, TensorSource] | None = None) -> Spec:
     """A spec; where it is not valid, what else is wrong with it for this source is reported with it."""
     from .parsing import Text
-    from .spec import Spec
-    from .texts import read_text
+    from .spec import Spec, read_spec
 
     if isinstance(given, Spec):
         return given
-    text = Text("spec", dict(given)) if isinstance(given, Mapping) else read_text(as_path(given), SpecError)
+    text = Text("spec", dict(given)) if isinstance(given, Mapping) else read_spec(as_path(given))
     try:
         return Spec.from_text(text)
     except SpecError as error:
@@ -329,7 +328,7 @@ def as_ranks(given: GroupLike) -> Ranks:
         raise UsageError(f"expected a process group of torch.distributed, found {shown(given, 60)}")
     from .ranks.process_group import ProcessGroupRanks
 
-    return ProcessGroupRanks(given)
+    return ALONE if given.size() == 1 else ProcessGroupRanks.of(given)
 
 
 def as_jobs(given: int | None, ranks: Ranks = ALONE) -> int:

@@ -128,13 +128,12 @@ def place_for_draft(
 
 
 def _is_spec(path: Path) -> bool:
-    from .spec import Spec
-    from .texts import read_text
+    from .spec import Spec, read_spec
 
     if path.is_symlink() or not path.is_file():
         return False
     try:
-        written = read_text(path, SpecError).data
+        written = read_spec(path).data
     except CkptsurgError:
         return False
     return isinstance(written, dict) and "version" in written and written.keys() <= Spec.model_fields.keys()

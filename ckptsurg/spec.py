@@ -5,18 +5,27 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterable
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr
 
 from .documents import Document, Model, canonical_json, is_empty
-from .errors import Problem, SpecError
-from .parsing import Place, Text, describe_place
+from .errors import Problem, SpecError, UsageError
+from .parsing import Place, Text, describe_place, known_document
 from .rules import AddRule, CastRule, DropSelector, FreezeSelector, GraftRule, ReinitRule, RenameRule, Selector
 from .tensors import digest_of
+from .wording import closest, shown
 
-__all__ = ["ConfigEdits", "Spec", "load_spec"]
+__all__ = ["ConfigEdits", "Spec", "load_spec", "read_spec"]
+
+_ENDINGS = (".yaml", ".yml", ".json")
+#: In a folder that is given in the place of a spec.
+_OF_CHECKPOINTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+#: Files of a folder among which one of a like name is looked for.
+_MOST_FILES = 5000
 
 #: The keys whose values are patterns, or rules that have one.
 RULES = ("drop", "freeze", "train", "reinit", "cast", "graft", "rename")
@@ -180,6 +189,36 @@ def load_spec(path: str | Path) -> Spec:
         SpecError: with every problem at once, each with its line and path.
         UsageError: if there is no such file.
     """
+    return Spec.from_text(read_spec(Path(path)))
+
+
+def read_spec(path: Path) -> Text:
+    """The text of a spec, or of what is no other document at least.
+
+    Raises:
+        SpecError: if it is no document, or another one.
+        UsageError: if there is no such file.
+        SystemFailure: if it cannot be read.
+    """
     from .texts import read_text  # here, for YAML's own import costs as much as a small spec
 
-    return Spec.from_text(read_text(Path(path), SpecError))
+    _refuse_without_reading(path)
+    text = read_text(path, SpecError)
+    if (what := known_document(text.data)) is not None:
+        raise SpecError(text.label, [Problem("", f"is {what}; expected a spec")])
+    return text
+
+
+def _refuse_without_reading(path: Path) -> None:
+    """Say what stands in the place of a spec, or near it, where that is no file.
+
+    Raises:
+        UsageError: if there is no file; a folder that holds no checkpoint is left to whoever reads.
+    """
+    with suppress(OSError):
+        if path.is_dir() and any(True for pattern in _OF_CHECKPOINTS for _ in path.glob(pattern)):
+            raise UsageError(f"{shown(path)}: is the folder of a checkpoint; expected a spec")
+        if not path.exists() and path.parent.is_dir():
+            there = [one.name for one in islice(path.parent.iterdir(), _MOST_FILES)]
+            if near := closest(path.name, [name for name in there if name.endswith(_ENDINGS)], limit=1, cutoff=0.8):
+                raise UsageError(f"{shown(path)}: no such file; nearest: {shown(path.parent / near[0])}")

@@ -9,26 +9,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Hashable
-from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
-from .errors import DocumentError, Problem, SpecError, UsageError
-from .parsing import MAX_DIGITS, Place, Text, describe_place, known_document, parse_json, read_bytes
-from .wording import closest, shown
+from .errors import DocumentError, Problem
+from .parsing import MAX_DIGITS, Place, Text, describe_place, parse_json, read_bytes
+from .wording import shown
 
 __all__ = ["read_text"]
 
 MAX_DOCUMENT_BYTES = 1 << 20
 MAX_DEPTH = 64
-_ENDINGS = (".yaml", ".yml", ".json")
-#: In a folder that is given in the place of a spec.
-_OF_CHECKPOINTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
-#: Files of a folder among which one of a like name is looked for.
-_MOST_FILES = 5000
 
 
 def read_text(path: Path, error: type[DocumentError], *, limit: int = MAX_DOCUMENT_BYTES) -> Text:
@@ -36,7 +29,7 @@ def read_text(path: Path, error: type[DocumentError], *, limit: int = MAX_DOCUME
 
     Args:
         path: The file.
-        error: What to raise for text that is not a document; where that is ``SpecError``, for another document too.
+        error: What to raise for text that is not a document.
         limit: Largest size, in bytes.
 
     Raises:
@@ -48,8 +41,6 @@ def read_text(path: Path, error: type[DocumentError], *, limit: int = MAX_DOCUME
     def refuse(message: str, line: int | None = None) -> NoReturn:
         raise error(label, [Problem("", message, line)])
 
-    if error is SpecError:
-        _refuse_without_reading(path)
     raw = read_bytes(path, limit, error)
     try:
         content = raw.decode("utf-8")
@@ -59,24 +50,7 @@ def read_text(path: Path, error: type[DocumentError], *, limit: int = MAX_DOCUME
         data, lines = _parse_json_text(content, refuse)
     else:
         data, lines = _Builder(content.removeprefix("\ufeff"), refuse).build()
-    if error is SpecError and (what := known_document(data)) is not None:
-        refuse(f"is {what}; expected a spec")
     return Text(label, data, lines)
-
-
-def _refuse_without_reading(path: Path) -> None:
-    """Say what stands in the place of a spec, or near it, where that is no file.
-
-    Raises:
-        UsageError: if there is no file; a folder that holds no checkpoint is left to whoever reads.
-    """
-    with suppress(OSError):
-        if path.is_dir() and any(True for pattern in _OF_CHECKPOINTS for _ in path.glob(pattern)):
-            raise UsageError(f"{shown(path)}: is the folder of a checkpoint; expected a spec")
-        if not path.exists() and path.parent.is_dir():
-            there = [one.name for one in islice(path.parent.iterdir(), _MOST_FILES)]
-            if near := closest(path.name, [name for name in there if name.endswith(_ENDINGS)], limit=1, cutoff=0.8):
-                raise UsageError(f"{shown(path)}: no such file; nearest: {shown(path.parent / near[0])}")
 
 
 def _parse_json_text(content: str, refuse: Callable[..., NoReturn]) -> tuple[Any, dict[Place, int]]:

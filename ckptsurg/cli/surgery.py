@@ -6,7 +6,6 @@ What they need is imported inside them, so that ``--help`` answers at once.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -26,9 +25,6 @@ from .options import (
     print_document,
     trust_base_manifest_option,
 )
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["convert", "demo", "inspect", "manifest", "plan", "rewrite", "schema"]
 
@@ -79,8 +75,11 @@ def plan(
     """Show what a rewrite would do. Of safetensors only headers are read; nothing is written but PLAN."""
     from .. import api
     from ..coercing import as_donors, opened_with
+    from ..errors import UsageError
     from . import planned
 
+    if ranks is not None and (as_json or explain is not None):
+        raise UsageError("--ranks says something of a plan that is shown; leave out --json and --explain")
     donors = as_donors(donor)
     publish = None if out is None else api.place_for_plan(out, overwrite=overwrite)
     with opened_with(model, ckpt) as [base]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import Problem, SpecError
 from ..matching import Names
 from ..patterns import OutOfRange, PatternError
-from ..spec import Spec
+from ..spec import Spec, read_spec
 from ..wording import shown
 
 __all__ = ["check"]
@@ -26,9 +26,7 @@ def check(path: Path) -> Spec:
         SpecError: with every problem at once.
         UsageError: if there is no such file.
     """
-    from ..texts import read_text  # here, for YAML's own import costs as much as a small spec
-
-    text = read_text(path, SpecError)
+    text = read_spec(path)
     problems: list[Problem] = []
     spec: Spec | None
     try:
