@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 
 #: Functions of ``disk`` at each call of which a run may be stopped, and the one by which bytes are read.
 MOMENTS = (
-    "append", "clone_range", "create", "flush", "flush_folder", "make_folder", "make_room", "move", "reopen",
+    "append", "clone_range", "create", "flush", "flush_folder", "make_folder", "move", "reopen", "set_size",
     "write_all",
 )  # fmt: skip
 
@@ -34,7 +34,16 @@ class Zygote:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(
-        self, ranks: int, kill: tuple[int, int] | None = None, call: str = "rewrite", **arguments: Any
+        self,
+        ranks: int,
+        kill: tuple[int, int] | None = None,
+        call: str = "rewrite",
+        *,
+        sent: signal.Signals = signal.SIGKILL,
+        own: dict[int, dict[str, Any]] | None = None,
+        times: int = 1,
+        groups: Sequence[int] = (),
+        **arguments: Any,
     ) -> list[dict[str, Any]]:
         """Call a function of ckptsurg in so many processes.
 
@@ -42,6 +51,10 @@ class Zygote:
             ranks: How many.
             kill: Which rank is killed, and before the how manieth of its moments, from 0; None for none.
             call: The function, ``rewrite`` or ``verify``.
+            sent: What signal it is that the rank is sent.
+            own: What some ranks are given in the place of arguments, by their number.
+            times: How often each of them calls it.
+            groups: How many groups each of them has made before.
             arguments: Its arguments.
 
         Returns:
@@ -50,9 +63,10 @@ class Zygote:
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(
-            json.dumps({"ranks": ranks, "kill": kill, "call": call, "arguments": arguments}) + "\n"
-        )
+        kill = None if kill is None else (*kill, sent)
+        each = [{**arguments, **(own or {}).get(rank, {})} for rank in range(ranks)]
+        groups = [*groups, *[0] * (ranks - len(groups))]
+        self._process.stdin.write(json.dumps([kill, call, times, groups, each]) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
@@ -64,29 +78,35 @@ def _serve() -> None:
     import torch.distributed.checkpoint  # noqa: F401 - once, for all runs
 
     from ckptsurg import journal, rewriting  # noqa: F401 - likewise
-    from ckptsurg.ranks import process_group  # noqa: F401 - likewise
+    from ckptsurg.ranks import heartbeat, process_group  # noqa: F401 - likewise
 
     journal._SAID_EVERY = 1 << 10  # checkpoints are small here
+    heartbeat._SILENT = timedelta(seconds=10)  # and nobody has the time
     for line in sys.stdin:
-        sys.stdout.write(json.dumps(_forked(**json.loads(line))) + "\n")
+        sys.stdout.write(json.dumps(_forked(*json.loads(line))) + "\n")
         sys.stdout.flush()
 
 
-def _forked(ranks: int, kill: list[int] | None, call: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+def _forked(
+    kill: list[int] | None, call: str, times: int, groups: list[int], each: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     children = []
-    for rank in range(ranks):
+    for rank in range(len(each)):
         receiving, sending = os.pipe()
         if (child := os.fork()) == 0:
             os.close(receiving)
-            moment = kill[1] if kill is not None and kill[0] == rank else None
-            _rank(rank, ranks, port, moment, call, arguments, sending)
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(len(each)), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            moment = kill[1:] if kill is not None and kill[0] == rank else None
+            _rank(moment, call, times, groups[rank], each[rank], sending)
         os.close(sending)
         children.append((child, receiving))
     ended = []
-    for child, receiving in children:
+    for rank, (child, receiving) in enumerate(children):
+        if kill is not None and kill[0] == rank and kill[2] == signal.SIGSTOP:
+            os.kill(child, signal.SIGKILL)  # the first rank has ended
         with open(receiving) as pipe:  # noqa: PTH123 - of a descriptor
             said = pipe.read()
         _, status = os.waitpid(child, 0)
@@ -95,7 +115,7 @@ def _forked(ranks: int, kill: list[int] | None, call: str, arguments: dict[str, 
 
 
 def _rank(
-    rank: int, ranks: int, port: int, moment: int | None, call: str, arguments: dict[str, Any], sending: int
+    moment: list[int] | None, call: str, times: int, groups: int, arguments: dict[str, Any], sending: int
 ) -> None:
     import torch.distributed as dist
 
@@ -105,9 +125,11 @@ def _rank(
     logging.getLogger("ckptsurg").addHandler(_Listing(said))
     logging.getLogger("ckptsurg").setLevel(logging.INFO)
     try:
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-        result = getattr(ckptsurg, call)(**arguments, group=dist.group.WORLD).to_json()
+        for _ in range(groups):
+            dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        for _ in range(times):
+            result = getattr(ckptsurg, call)(**arguments, group=dist.group.WORLD).to_json()
     except ckptsurg.CkptsurgError as error:
         code = error.exit_code
         said.append(f"{type(error).__name__}: {error}")
@@ -127,8 +149,8 @@ class _Listing(logging.Handler):
         self._said.append(record.getMessage())
 
 
-def _counted(moment: int | None) -> Callable[[], dict[str, int]]:
-    """Count moments and bytes read from now on, and be killed at one; how many there were."""
+def _counted(moment: list[int] | None) -> Callable[[], dict[str, int]]:
+    """Count moments and bytes read from now on, and send this process a signal at one; how many there were."""
     from ckptsurg import disk
     from ckptsurg.checkpoints import StoredFile
 
@@ -137,8 +159,8 @@ def _counted(moment: int | None) -> Callable[[], dict[str, int]]:
     def counting(function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*arguments: Any) -> Any:
             nonlocal seen
-            if seen == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if moment is not None and seen == moment[0]:
+                os.kill(os.getpid(), moment[1])
             seen += 1
             return function(*arguments)
 

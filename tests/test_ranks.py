@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -173,6 +174,27 @@ def test_what_another_run_staged_is_not_kept(zygote, base, tmp_path, change):
     assert "kept" not in again[0]["said"]
     ckptsurg.rewrite(arguments["spec"], mine, tmp_path / "one")
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
+
+
+def test_ranks_may_have_made_other_groups_before_and_call_again(zygote, base, expected, tmp_path):
+    arguments = {"spec": SPEC, "ckpt": str(base), "out": str(tmp_path / "out"), "overwrite": True}
+    ended = zygote.run(3, **arguments, times=3, groups=[0, 2, 1])
+    assert [one["code"] for one in ended] == [0] * 3, ended
+    assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize(
+    ("sent", "code", "said"),
+    [(signal.SIGSTOP, 4, "SystemFailure: another rank is lost"), (signal.SIGINT, 4, "PeerFailed: rank 1: was stopped")],
+)
+def test_a_rank_that_falls_silent_or_is_interrupted_stops_the_others(zygote, base, tmp_path, sent, code, said):
+    arguments = {"spec": SPEC, "ckpt": str(base), "out": str(tmp_path / "out"), "jobs": 1}
+    moments = zygote.run(3, **arguments)[1]["moments"]
+    shutil.rmtree(tmp_path / "out")
+    ended = zygote.run(3, (1, moments // 2), sent=sent, **arguments)
+    assert [one["code"] for one in (ended[0], ended[2])] == [code] * 2, ended
+    assert all(said in one["said"] for one in (ended[0], ended[2])), ended
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_resume_what_a_stopped_run_left_is_taken_away(zygote, base, expected, tmp_path):

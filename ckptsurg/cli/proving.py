@@ -101,7 +101,7 @@ def verify(
         with opened_with(model, *paths) as [trained, *before], rendering.progress("verify") as advance:
             asked: dict[str, Any] = {
                 "baseline": before[0] if before else None,
-                "names": None if names is None else load_names(names),
+                "names": None if names is None else ranks.share(lambda: load_names(names)),
                 "prefix": prefix,
                 "root": root,
                 "attestation": attestation,

@@ -16,6 +16,8 @@ __all__ = ["ALONE", "Ranks", "refuse_unlike"]
 
 _Made = TypeVar("_Made")
 
+_ONE_PATH = "all ranks need to see the same files, under one path; of copies, that keep their times of change (cp -p)"
+
 
 @runtime_checkable
 class Ranks(Protocol):
@@ -101,9 +103,8 @@ def refuse_unlike(ranks: Ranks, see: Callable[[], Mapping[str, object]]) -> None
 
     def compare() -> None:
         for rank, things in enumerate(seen):
-            for label, thing in things.items():
-                if thing != seen[0].get(label):
-                    message = f"{label}: rank {rank} sees another than rank 0"
-                    raise UsageError(message, hint="all ranks need to see the same files under one path")
+            for label in sorted(things.keys() | seen[0].keys()):
+                if things.get(label) != seen[0].get(label):
+                    raise UsageError(f"{label}: rank {rank} sees another than rank 0", hint=_ONE_PATH)
 
     ranks.share(compare)

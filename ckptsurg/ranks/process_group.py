@@ -2,139 +2,104 @@
 
 from __future__ import annotations
 
+import atexit
+import json
 import pickle
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from hashlib import sha256
 from types import TracebackType
-from typing import Any, Self, TypeVar, cast
-from uuid import uuid4
+from typing import Self, TypeVar, cast
 
-import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from ..errors import CkptsurgError, PeerFailed, SystemFailure, UsageError
 from ..metering import Progress
 from ..wording import shown
+from .connections import Connections, Store, part_of
+from .heartbeat import Heartbeat
+from .meeting import START, TOGETHER, meet
 
 __all__ = ["ProcessGroupRanks", "joined"]
 
-#: How long ranks wait for others to start.
-_START = timedelta(minutes=5)
-#: How long ranks wait for others that are at work: a loss is seen from connections that close.
-_WORK = timedelta(days=30)
-#: How often it is looked whether others have failed, in seconds; and whether all have arrived, from and to.
-_WATCHED_EVERY, _WAITED_FROM, _WAITED_TO = 1.0, 0.002, 0.2
+#: How long an exchange may take, for which all ranks are ready.
+_EXCHANGE = timedelta(minutes=30)
+#: What is in the store: why a rank has failed, and that the first one has left.
+_COMPLAINT, _FIRST_LEFT = "complaint", "first-left"
+#: How long the others wait until the first has said why all of them stop, and how often they look, in seconds.
+_LAST_WORDS, _LOOK_EVERY = 60.0, 0.1
 
 _Made = TypeVar("_Made")
-
-
-@dataclass(frozen=True, slots=True)
-class _Complaint:
-    """Why a rank has failed, for the others."""
-
-    rank: int
-    message: str
-    hint: str | None
-    exit_code: int
 
 
 class ProcessGroupRanks:
     """The ranks of a process group; all of its processes make one at the same time.
 
     Args:
-        group: The group, of whatever backend; None for all processes.
+        store: By which the processes find each other.
+        members: Their numbers there, in their order.
+        me: That of this one.
 
     Attributes:
         rank: Which one this is, from 0.
         size: How many there are.
         on_this_host: How many of them share this machine.
+
+    Raises:
+        UsageError: if the others do not come.
+        SystemFailure: if one is lost.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        members = dist.get_process_group_ranks(group or dist.group.WORLD)
-        self._group = dist.new_group(members, timeout=_WORK, backend="gloo", use_local_synchronization=True)
-        self.rank, self.size = dist.get_rank(self._group), len(members)
-        self._is_stopped = False
+    def __init__(self, store: Store, members: Sequence[int], me: int) -> None:
+        self.rank, self.size = members.index(me), len(members)
         self._entered = 0
-        self._looked = 0.0
-        self._store = dist.distributed_c10d._get_default_store()  # it has no public name
-        self._failed = f"ckptsurg/{self.share(lambda: uuid4().hex)}/failed"
-        hosts: list[Any] = [None] * self.size
-        dist.all_gather_object(hosts, socket.gethostname(), group=self._group)
-        self.on_this_host = hosts.count(socket.gethostname())
+        try:
+            self._store = meet(store, members, me)
+            self._connections = Connections(part_of(self._store, "exchange"), self.rank, self.size, _EXCHANGE)
+            hosts = self._connections.numbers([_number(socket.gethostname())])
+            self._heartbeat = Heartbeat(part_of(self._store, "heartbeat"), self.rank, self.size)
+        except RuntimeError as failure:
+            raise _lost(failure) from failure
+        self.on_this_host = hosts.count(hosts[self.rank])
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup) -> Self:
+        """The processes of a group, of whatever backend."""
+        store = dist.distributed_c10d._get_default_store()  # it has no public name
+        return cls(store, dist.get_process_group_ranks(group), dist.get_rank())
 
     def share(self, make: Callable[[], _Made]) -> _Made:
-        made, failure = None, None
+        made, content = None, b""
         if self.rank == 0:
-            made, failure = _attempted(lambda: pickle.dumps(make()))
-        self._agree(failure)
-        box = [made]
+            with self._failures():
+                made = make()
+                content = pickle.dumps(made)
+        self._agree()
         with self._losses():
-            dist.broadcast_object_list(box, group=self._group, group_src=0)
-        return cast("_Made", pickle.loads(cast("bytes", box[0])))  # noqa: S301 - of our own making
+            content = self._connections.of_first(content)
+        return cast("_Made", made if self.rank == 0 else pickle.loads(content))  # noqa: S301 - of our own making
 
     def gather(self, make: Callable[[], _Made]) -> list[_Made]:
-        made, failure = _attempted(lambda: pickle.dumps(make()))
-        self._agree(failure)
-        boxes: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        with self._failures():
+            made = make()
+            content = b"" if self.rank == 0 else pickle.dumps(made)
+        self._agree()
         with self._losses():
-            dist.gather_object(made, boxes, group=self._group, group_dst=0)
-        return [pickle.loads(box) for box in boxes or ()]  # noqa: S301 - of our own making
+            contents = self._connections.to_first(content)
+        return [made, *map(pickle.loads, contents[1:])] if self.rank == 0 else []
 
     def watched(self, progress: Progress | None) -> Progress:
         def told(done: int, total: int) -> None:
             if progress is not None:
                 progress(done, total)
-            if time.monotonic() - self._looked > _WATCHED_EVERY:
-                self._looked = time.monotonic()
-                with self._losses():
-                    has_failed = self._store.check([self._failed])
-                if has_failed:
-                    raise _OthersFailed
+            if self._heartbeat.is_over:
+                raise self._stopped()
 
         return told
-
-    def _agree(self, failure: Exception | None) -> None:
-        """Go on where no rank has failed; all ranks come here before they exchange anything."""
-        is_own = failure is not None and not isinstance(failure, _OthersFailed)
-        with self._losses():
-            if is_own and hasattr(self, "_failed"):
-                self._store.set(self._failed, "")
-            votes = [torch.zeros(1, dtype=torch.uint8) for _ in range(self.size)]
-            vote = dist.all_gather(votes, torch.tensor([is_own], dtype=torch.uint8), group=self._group, async_op=True)
-            _wait(vote)
-            if not any(map(int, votes)):
-                return
-            complaints: list[Any] = [None] * self.size
-            dist.all_gather_object(complaints, self._complaint(failure) if is_own else None, group=self._group)
-        self._is_stopped = True
-        if is_own and failure is not None:
-            raise failure
-        first = next(complaint for complaint in complaints if complaint is not None)
-        raise PeerFailed(first.rank, first.message, hint=first.hint, exit_code=first.exit_code)
-
-    def _complaint(self, failure: Exception | None) -> _Complaint:
-        if isinstance(failure, CkptsurgError):
-            return _Complaint(self.rank, failure.message, failure.hint, failure.exit_code)
-        if isinstance(failure, OSError):
-            place = f" ({shown(failure.filename)})" if failure.filename else ""
-            return _Complaint(self.rank, f"{failure.strerror or failure}{place}", None, SystemFailure.exit_code)
-        message = f"{type(failure).__name__}: {shown(failure)}"
-        return _Complaint(self.rank, message, None, SystemFailure.exit_code)
-
-    @contextmanager
-    def _losses(self) -> Iterator[None]:
-        """Errors of the library, which has them where another process is gone; nobody waits for that one."""
-        try:
-            yield
-        except RuntimeError as failure:
-            self._is_stopped = True
-            reason = str(failure).splitlines()[0].rpartition("] ")[2]
-            raise SystemFailure(f"another rank is lost: {shown(reason)}") from failure
 
     def __enter__(self) -> Self:
         self._entered += 1
@@ -143,34 +108,96 @@ class ProcessGroupRanks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> None:
-        """Nobody leaves before all do, unless they are stopped; who is stopped from outside does not wait."""
+        """Nobody leaves before all do, unless they are stopped."""
         self._entered -= 1
+        if self._entered:
+            return
         try:
-            if not self._is_stopped and (error is None or isinstance(error, Exception)):
-                self._agree(error)
+            if error is not None:
+                self._fail(error)
+            else:
+                self._leave()
         finally:
-            if not self._entered:
-                dist.destroy_process_group(self._group)
+            self._heartbeat.end()
+            self._connections.close()
+
+    def _leave(self) -> None:
+        try:
+            self._agree()
+        except SystemFailure:
+            if self.rank != 0:
+                raise
+            # What the others do, they do for this one, and have done by now.
+
+    # --- Whether all are well
+
+    def _agree(self) -> None:
+        """Go on where no rank has failed; all ranks come here before they exchange anything."""
+        if not self._heartbeat.step():
+            raise self._stopped()
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Work, a failure of which stops all ranks."""
+        try:
+            yield
+        except BaseException as failure:
+            self._fail(failure)
+            raise
+
+    def _fail(self, failure: BaseException) -> None:
+        """Have all ranks stop, unless they do."""
+        if self._heartbeat.is_over:
+            return
+        with suppress(RuntimeError):  # of a store that is lost; the others will find that this one is, too
+            self._store.set(_COMPLAINT, json.dumps(_complaint(self.rank, failure)))
+        self._heartbeat.fail()
+
+    @contextmanager
+    def _losses(self) -> Iterator[None]:
+        """Errors of the library, which has them where another process is gone; nobody waits for that one."""
+        try:
+            yield
+        except RuntimeError as failure:
+            raise self._stopped(failure) from failure
+
+    def _stopped(self, failure: RuntimeError | None = None) -> CkptsurgError:
+        """Why all ranks stop."""
+        try:
+            if self._store.check([_COMPLAINT]):
+                return PeerFailed(**json.loads(self._store.get(_COMPLAINT)))
+        except RuntimeError as loss:
+            failure = loss
+        return _lost(failure or self._heartbeat.loss)
+
+    def wait_for_first(self) -> None:
+        """Wait until the first rank has left the interpreter, so that no launcher stops it before it has spoken."""
+        end = time.monotonic() + _LAST_WORDS
+        with suppress(RuntimeError):
+            while time.monotonic() < end and not self._store.check([_FIRST_LEFT]):
+                time.sleep(_LOOK_EVERY)
+
+    def first_leaves(self) -> None:
+        """What the others then wait for."""
+        with suppress(RuntimeError):
+            self._store.set(_FIRST_LEFT, "")
 
 
-class _OthersFailed(Exception):
-    """Work was given up, for another rank has failed."""
+def _number(text: str) -> int:
+    return int.from_bytes(sha256(text.encode()).digest()[:7], "big")
 
 
-def _attempted(make: Callable[[], bytes]) -> tuple[bytes | None, Exception | None]:
-    try:
-        return make(), None
-    except Exception as failure:  # whatever it is, the others must not wait
-        return None, failure
+def _complaint(rank: int, failure: BaseException) -> dict[str, object]:
+    """The arguments of the others' PeerFailed."""
+    if isinstance(failure, CkptsurgError):
+        return {"rank": rank, "message": failure.message, "hint": failure.hint, "exit_code": failure.exit_code}
+    message = f"{type(failure).__name__}: {shown(failure)}" if isinstance(failure, Exception) else "was stopped"
+    return {"rank": rank, "message": message}
 
 
-def _wait(work: dist.Work) -> None:
-    """Wait so that signals are heard: the library waits deaf."""
-    pause = _WAITED_FROM
-    while not work.is_completed():
-        time.sleep(pause)
-        pause = min(2 * pause, _WAITED_TO)
-    work.wait()
+def _lost(failure: RuntimeError | None) -> SystemFailure:
+    reason = str(failure).splitlines()[0].rpartition("] ")[2]
+    return SystemFailure(f"another rank is lost: {shown(reason)}")
 
 
 @contextmanager
@@ -179,16 +206,20 @@ def joined() -> Iterator[ProcessGroupRanks]:
 
     Raises:
         UsageError: if the others do not come.
+        SystemFailure: if one is lost.
     """
     try:
-        dist.init_process_group("gloo", timeout=_START)
-        ranks = ProcessGroupRanks()
+        store, me, size = next(rendezvous("env://", timeout=timedelta(seconds=START)))
     except (RuntimeError, ValueError) as failure:
-        hint = "all are started by one torchrun; to run alone inside of one, unset TORCHELASTIC_RUN_ID"
         reason = shown(str(failure).splitlines()[0])
-        raise UsageError(f"the other ranks of this run cannot be reached: {reason}", hint=hint) from failure
+        raise UsageError(f"the other ranks of this run cannot be reached: {reason}", hint=TOGETHER) from failure
+    ranks = ProcessGroupRanks(store, range(size), me)
+    if ranks.rank == 0:
+        atexit.register(ranks.first_leaves)
     try:
         with ranks:
             yield ranks
-    finally:
-        dist.destroy_process_group()
+    except CkptsurgError:
+        if ranks.rank != 0:
+            ranks.wait_for_first()
+        raise
