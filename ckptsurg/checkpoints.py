@@ -266,13 +266,16 @@ def extents_of(source: TensorSource) -> Mapping[str, Extent]:
     return source.extents
 
 
-def open_regular(path: Path, flags: int = 0, label: str | None = None) -> tuple[int, os.stat_result]:
+def open_regular(
+    path: Path, flags: int = 0, label: str | None = None, *, folder: int | None = None
+) -> tuple[int, os.stat_result]:
     """Open a file of a checkpoint for reading, if it is one.
 
     Args:
         path: Where it is.
         flags: Further flags of ``open(2)``.
         label: How messages call it; None for its path.
+        folder: A descriptor of the folder that the path is relative to; None for the working one.
 
     Returns:
         A descriptor and what ``fstat`` says of it.
@@ -285,7 +288,7 @@ def open_regular(path: Path, flags: int = 0, label: str | None = None) -> tuple[
     label = label or shown(path)
     try:
         # Without O_NONBLOCK, opening a FIFO waits for somebody to write to it.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags, dir_fd=folder)
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"{label}: no such file") from None
     except OSError as failure:

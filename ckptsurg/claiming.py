@@ -17,7 +17,7 @@ from . import disk
 from .errors import SystemFailure, UsageError
 from .wording import counted, enumerate_names, shown
 
-__all__ = ["Claim", "claim_beside", "is_hidden_name"]
+__all__ = ["Claim", "claim_beside", "is_hidden_name", "journal_beside"]
 
 _log = logging.getLogger("ckptsurg")
 
@@ -160,7 +160,7 @@ def claim_beside(target: Path) -> Claim:
 
 def _opened(target: Path, folder: Path) -> Claim | None:
     try:
-        return Claim(target, folder, os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
+        return Claim(target, folder, disk.open_folder(folder))
     except FileNotFoundError:
         return None
     except NotADirectoryError:

@@ -45,7 +45,7 @@ class Target:
     Args:
         descriptor: The file, open for writing; closed here.
         length: Its size once it is whole, in bytes.
-        missing: How many bytes will be brought here; None for all. Of others there is room in the file by now.
+        missing: How many bytes will be brought here; None for all. The file has its size by now where others are.
     """
 
     def __init__(self, descriptor: int, length: int, missing: int | None = None) -> None:

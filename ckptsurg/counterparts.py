@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from .checkpoints import Checkpoint, Extent, extents_of
 from .dealing import deal_out
+from .errors import UsageError
 from .manifest import Manifest, TensorRecord
 from .metering import Meter
 from .ranks import ALONE, Ranks
@@ -63,14 +64,14 @@ class Counterparts:
             if partner is None or (extent := extents.get(partner)) is None:
                 continue
             info = self.tensors[name]
-            if info.dtype == record.dtype and _has_room(info, record):
+            if info.dtype == record.dtype and _holds(info, record):
                 found[name] = extent.part(*record.held_span(info))
         return found
 
     def digests(
         self, records: Mapping[str, TensorRecord], meter: Meter, jobs: int, ranks: Ranks = ALONE
     ) -> Mapping[str, str | None]:
-        """The digests of what records freeze, of tensors that have the room for it; known to the first rank alone.
+        """The digests of what records freeze, of tensors that hold it; known to the first rank alone.
 
         That of a tensor in a wider dtype is of its values in the record's; of one in any other there is None.
 
@@ -79,12 +80,15 @@ class Counterparts:
             meter: Told how many bytes are read.
             jobs: How many threads hash what lies in files as it is; all else is hashed as it is read.
             ranks: Among which the tensors are dealt out.
+
+        Raises:
+            UsageError: if they have other records.
         """
         extents = self.held_extents(records)
         sizes = {
             name: self.tensors[name].nbytes
             for name in sorted(self.tensors.keys() & records.keys(), key=lambda name: self._place(name, extents))
-            if _has_room(self.tensors[name], records[name])
+            if _holds(self.tensors[name], records[name])
         }
         own = deal_out(sizes, ranks.size)[ranks.rank]
 
@@ -98,7 +102,14 @@ class Counterparts:
                     known[name] = _digest_in(record.dtype, held, info.dtype, algorithm_of(record.digest))
             return known
 
-        return {name: digest for known in ranks.gather(made) for name, digest in known.items()}
+        found = {name: digest for known in ranks.gather(made) for name, digest in known.items()}
+
+        def refuse_others() -> None:
+            if found.keys() != sizes.keys():
+                raise UsageError("the ranks are asked for different proofs", hint="give all of them the same arguments")
+
+        ranks.share(refuse_others)
+        return found
 
     def _place(self, name: str, extents: Mapping[str, Extent]) -> tuple[str, int, str]:
         """In which order tensors are read: neighbours one after the other."""
@@ -121,7 +132,7 @@ class Counterparts:
         if info is None:
             return Difference(name=name, verdict="missing")
         verdict: Verdict = "shape"
-        if _has_room(info, record):
+        if _holds(info, record):
             is_same = digest == record.held_digest
             if info.dtype == record.dtype:
                 return None if is_same else Difference(name=name, verdict="changed")
@@ -166,7 +177,7 @@ def _digest_in(dtype: str, chunks: Iterable[Buffer], own: str, algorithm: str) -
     return narrowed_digest(chunks, own, dtype, algorithm) if is_wider(own, dtype) else None
 
 
-def _has_room(info: TensorInfo, record: TensorRecord) -> bool:
+def _holds(info: TensorInfo, record: TensorRecord) -> bool:
     """Whether a tensor has the shape of its record; where rows are frozen, others may have been added or taken away."""
     if record.rows is None or not info.shape:
         return info.shape == record.shape

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Deal", "Item", "deal", "deal_out", "unevenness"]
 
-#: Where a tensor is cut, in bytes from its start: file systems share and write whole blocks.
-_CUT = 4096
+#: Where in its file a tensor is cut, in bytes: file systems share and write whole blocks.
+_BLOCK = 4096
 #: What of a rank's work may be left undone by not cutting a tensor.
 _SLACK = 0.02
 #: How close to the least possible the work of the busiest rank is brought.
@@ -36,11 +36,17 @@ class Item:
 
     Attributes:
         nbytes: Its size.
-        can_be_cut: Whether several ranks may bring a part of it each.
+        cut_from: Where it begins in its file, in bytes, if several ranks may bring a part of it each.
     """
 
     nbytes: int
-    can_be_cut: bool
+    cut_from: int | None = None
+
+    def cut(self, most: int) -> int:
+        """Where it is cut if a rank brings at most so many bytes of it; 0 where that brings none."""
+        if self.cut_from is None:
+            return 0
+        return max(0, (self.cut_from + min(most, self.nbytes - 1)) // _BLOCK * _BLOCK - self.cut_from)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +83,11 @@ def deal(files: Sequence[OutputFile], ranks: int, extents: Mapping[str, Extent])
     """
     items = []
     for file in files:
-        items.append(Item(len(file.header), can_be_cut=False))
-        items += [Item(one.info.nbytes, one.is_copied and one.name in extents) for one in file.tensors]
+        position = len(file.header)
+        items.append(Item(position))
+        for one in file.tensors:
+            items.append(Item(one.info.nbytes, position if one.is_copied and one.name in extents else None))
+            position += one.info.nbytes
     ends = _ends(items, ranks)
     shares: list[dict[str, range]] = [{} for _ in range(ranks)]
     start = 0
@@ -101,7 +110,7 @@ def deal_out(sizes: Mapping[_Key, int], ranks: int) -> list[list[_Key]]:
     Returns:
         What each rank has, in its order.
     """
-    items = [Item(nbytes, can_be_cut=False) for nbytes in sizes.values()]
+    items = [Item(nbytes) for nbytes in sizes.values()]
     ends = _ends(items, ranks)
     shares: list[list[_Key]] = [[] for _ in range(ranks)]
     for key, end in zip(sizes, accumulate(sizes.values()), strict=True):
@@ -137,28 +146,24 @@ def _filled(items: Sequence[Item], starts: Sequence[int], capacity: int, ranks: 
     ends: list[int] = []
     at = given = 0  # the next item, and how much of it was given to ranks before
     while len(ends) < ranks:
-        room, began = capacity, starts[at] + given
+        left, began = capacity, starts[at] + given
         if given:
             size = items[at].nbytes
-            if (cost := 2 * (size - given) + given) > room:
-                given += _cut(min(room // 2, size - given - 1))
+            if (cost := 2 * (size - given) + given) > left:
+                given = items[at].cut(given + left // 2)
                 ends.append(starts[at] + given)
                 continue
-            room, at, given = room - cost, at + 1, 0
-        after = bisect_right(starts, starts[at] + room // 2, lo=at) - 1
-        room, at = room - 2 * (starts[after] - starts[at]), after
+            left, at, given = left - cost, at + 1, 0
+        after = bisect_right(starts, starts[at] + left // 2, lo=at) - 1
+        left, at = left - 2 * (starts[after] - starts[at]), after
         if at == len(items):
             return ends + [starts[-1]] * (ranks - len(ends))
-        if items[at].can_be_cut and items[at].nbytes <= capacity and room > _SLACK * capacity:
-            given = _cut(min(room // 2, items[at].nbytes - 1))
+        if items[at].nbytes <= capacity and left > _SLACK * capacity:
+            given = items[at].cut(left // 2)
         if starts[at] + given == began:
             return None
         ends.append(starts[at] + given)
     return None
-
-
-def _cut(nbytes: int) -> int:
-    return nbytes // _CUT * _CUT
 
 
 def _loads(items: Sequence[Item], ends: Sequence[int]) -> list[int]:

@@ -207,8 +207,15 @@ def base_files(base: Checkpoint, algorithm: str) -> list[BaseFile]:
     ]
 
 
-def identity(source: TensorSource) -> object:
-    """What two sources have in common that are the same: names, sizes and headers of files, or names and shapes."""
-    if isinstance(source, Checkpoint):
-        return base_files(source, "blake3")
-    return sorted((name, str(info)) for name, info in source.tensors.items())
+def identity(source: TensorSource) -> list[list[object]]:
+    """What two sources have in common that are the same, as JSON.
+
+    Of files their names, sizes, headers and times of change: all that tells of other bytes without reading them. Of
+    what is in memory names, dtypes and shapes.
+    """
+    if not isinstance(source, Checkpoint):
+        return sorted([name, str(info)] for name, info in source.tensors.items())
+    return [
+        [encodable(file.name), file.size, file.header_digest("blake3"), file.status.st_mtime_ns]
+        for file in source.files
+    ]

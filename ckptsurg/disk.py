@@ -29,13 +29,14 @@ __all__ = [
     "flush_folder",
     "link",
     "make_folder",
-    "make_room",
     "move",
+    "open_folder",
     "remove",
     "remove_all",
     "remove_folder",
     "reopen",
     "replace",
+    "set_size",
     "write_all",
 ]
 
@@ -56,14 +57,19 @@ def create(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
 
-def make_room(descriptor: int, length: int) -> None:
+def set_size(descriptor: int, length: int) -> None:
     """Give a file its size in bytes, with holes where nothing is yet."""
     os.ftruncate(descriptor, length)
 
 
-def reopen(path: Path) -> int:
-    """A file that is there, open for writing; never one at the end of a link."""
-    return os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+def open_folder(path: Path) -> int:
+    """A folder, so that files are opened in it whatever becomes of its name; never one at the end of a link."""
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def reopen(name: str, folder: int) -> int:
+    """A file that is there in an open folder, open for writing; never one at the end of a link."""
+    return os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
 
 
 def append(path: Path, content: Buffer) -> None:

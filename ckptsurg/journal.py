@@ -1,8 +1,9 @@
 """What a rewrite has brought to its place, tensor by tensor, so that one that was stopped can be gone on with.
 
 A line for the run that it is of, then one for each tensor, as JSON: its name in the output, and the digest of its
-bytes. Nobody relies on it: whoever goes on reads what is there, and keeps what has the digest. So it need not be on
-disk, and its last line may be torn.
+bytes. That again and again, so that what a run adds late to the journal of another is told from what that has added.
+Nobody relies on it: whoever goes on reads what is there, and keeps what has the digest. So it need not be on disk, and
+its last line may be torn.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Journal:
 
     def __init__(self, path: Path, run: str) -> None:
         self._path, self._lock = path, Lock()
-        self._lines = ["", _line({"run": run})]  # an earlier one may be torn
+        self._head = ["", _line({"run": run})]  # an earlier line may be torn
+        self._lines: list[str] = []
         self._unsaid = 0
 
     def add(self, name: str, digest: str, nbytes: int) -> None:
@@ -47,7 +49,7 @@ class Journal:
             self._lines.append(_line([name, digest]))
             self._unsaid += nbytes
             if self._unsaid >= _SAID_EVERY:
-                disk.append(self._path, "\n".join([*self._lines, ""]).encode())
+                disk.append(self._path, "\n".join([*self._head, *self._lines, ""]).encode())
                 self._lines, self._unsaid = [], 0
 
 

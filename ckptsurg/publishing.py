@@ -20,82 +20,16 @@ from .claiming import claim_beside
 from .copying import Target
 from .errors import CheckpointError, CkptsurgError, SystemFailure, UsageError, system_failures
 from .journal import recorded_by
+from .rooms import Room
 from .targets import refuse_manifest_target, refuse_stranger
 from .wording import shown
 
-__all__ = ["Room", "Staging", "publish_document", "staged"]
+__all__ = ["Staging", "publish_document", "staged"]
 
 _log = logging.getLogger("ckptsurg")
 
 #: Of a clean-up that must come to its end; so that one that fails each time ends too.
 _MOST_INTERRUPTIONS = 8
-
-
-class Room:
-    """A folder in which the files of an output are made; where it came from is another's business.
-
-    Attributes:
-        folder: The folder, inside one that is never published.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._targets: list[Target] = []
-
-    def create(self, name: str, size: int) -> Target:
-        """A new file of a size in bytes, on disk once it is whole; closed at the end if it never is."""
-        return self._opened(disk.create(self._place(name)), size)
-
-    def make_room(self, name: str, size: int) -> None:
-        """A file of a size in bytes, of which any rank may bring a part; one that is there by now stays.
-
-        Not if it has other names too: to write to it would be to write to those.
-        """
-        path = self._place(name)
-        with suppress(FileNotFoundError):
-            status = path.lstat()
-            if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_size == size:
-                return
-            disk.remove(path)
-        descriptor = disk.create(path)
-        try:
-            disk.make_room(descriptor, size)
-        finally:
-            os.close(descriptor)
-
-    def reopen(self, name: str, size: int, missing: int) -> Target:
-        """A file that there is room for, to bring so many bytes to it."""
-        path = self._place(name)
-        try:
-            descriptor = disk.reopen(path)
-        except FileNotFoundError:
-            message = f"{shown(path)}: what the first rank has staged is not there"
-            raise SystemFailure(message, hint="all ranks need to see the output's folder under one path") from None
-        return self._opened(descriptor, size, missing)
-
-    def read(self, name: str) -> StoredFile | None:
-        """A file that is there, to be read; None if it is not."""
-        try:
-            descriptor, status = open_regular(self.folder / name, os.O_NOFOLLOW)
-        except CkptsurgError:
-            return None
-        return StoredFile(name, descriptor, status, b"", None)
-
-    def _opened(self, descriptor: int, size: int, missing: int | None = None) -> Target:
-        target = Target(descriptor, size, missing)
-        self._targets.append(target)
-        return target
-
-    def _place(self, name: str) -> Path:
-        """The path of a file."""
-        path = self.folder / name
-        _make_folders(path.parent)
-        return path
-
-    def close(self) -> None:
-        """Close what is open, whole or not."""
-        for target in self._targets:
-            target.close()
 
 
 class Staging(Room):
@@ -123,6 +57,7 @@ class Staging(Room):
         super().__init__(self._claim.output)
         self._is_published, self._part_of, self._can_be_resumed = False, part_of, run is not None
         self.recorded: Mapping[str, str] = {}
+        self._prepared: set[str] = set()
         self._withdrawn: list[tuple[Path, Path]] = []
         self._unflushed: Path | None = None
         self._holds_old = self._holds_withdrawn = False
@@ -136,6 +71,7 @@ class Staging(Room):
         try:
             if not self.recorded:
                 disk.make_folder(self.folder)
+            self.open()
         except BaseException:
             self.remove()
             raise
@@ -192,7 +128,7 @@ class Staging(Room):
         self._unflushed, self._holds_old = None, False
 
     def held(self) -> int:
-        """How much room what a stopped run has staged takes, in bytes."""
+        """How much space what a stopped run has staged takes, in bytes."""
         return sum(path.lstat().st_blocks * 512 for path in self.folder.rglob("*")) if self.recorded else 0
 
     def keep_only(self, names: Collection[str]) -> None:
@@ -200,6 +136,36 @@ class Staging(Room):
         for path in [path for path in self.folder.rglob("*") if not path.is_dir() or path.is_symlink()]:
             if path.relative_to(self.folder).as_posix() not in names:
                 disk.remove(path)
+        for place, folders, _ in os.walk(self.folder, topdown=False):
+            for folder in folders:
+                with suppress(OSError):  # of one that holds what is kept
+                    disk.remove_folder(Path(place, folder))
+
+    def prepare(self, name: str, size: int) -> None:
+        """A file of a size in bytes, of which any rank may bring a part; one that is there by now stays.
+
+        Not if it has other names too: to write to it would be to write to those.
+        """
+        path = self._place(name)
+        self._prepared.add(name)
+        with suppress(FileNotFoundError):
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_size == size:
+                return
+            disk.remove(path)
+        descriptor = disk.create(path)
+        try:
+            disk.set_size(descriptor, size)
+        finally:
+            os.close(descriptor)
+
+    def target(self, name: str, size: int, missing: int) -> Target:
+        """As of ``Room``; a file that was not prepared is made."""
+        return super().target(name, size, missing) if name in self._prepared else self.create(name, size)
+
+    def create(self, name: str, size: int) -> Target:
+        """A new file of a size in bytes, on disk once it is whole."""
+        return self._opened(disk.create(self._place(name)), size)
 
     def refuse_unless_whole(self, sizes: Mapping[str, int]) -> None:
         """Raise OSError if a file has not its size in bytes, whoever wrote to it."""
@@ -208,8 +174,11 @@ class Staging(Room):
                 raise OSError(errno.EIO, f"{shown(name)} has {there:,} bytes, where {size:,} were written")
 
     def _place(self, name: str) -> Path:
+        """The path of a file, the folder of which is there."""
         self._refuse_if_removed()
-        return super()._place(name)
+        path = self.folder / name
+        _make_folders(path.parent)
+        return path
 
     def _refuse_if_removed(self) -> None:
         """Somebody may have taken the folder away: it is not made anew, with a part in it, nor is another's used."""

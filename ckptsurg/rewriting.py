@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,16 +16,17 @@ from .claiming import journal_beside
 from .config import CONFIG_NAME
 from .copying import Amounts
 from .dealing import Deal, deal
-from .describing import base_files
-from .errors import UsageError, system_failures
+from .describing import base_files, identity
+from .errors import PeerFailed, SystemFailure, UsageError, system_failures
 from .grafting import grafted
 from .journal import Journal
 from .layout import Layout, lay_out
-from .manifest import MANIFEST_NAME, BaseFile, Manifest, SpecIdentity, TensorRecord, is_file_output, manifest_path
+from .manifest import MANIFEST_NAME, Manifest, SpecIdentity, TensorRecord, is_file_output, manifest_path
 from .metering import Meter, Progress
 from .plans import Plan
-from .publishing import Room, Staging, staged
+from .publishing import Staging, staged
 from .ranks import ALONE, Ranks
+from .rooms import Room
 from .spec import Spec
 from .targets import refuse_target
 from .tensors import digest_of, refuse_unstorable
@@ -105,33 +106,41 @@ def rewrite(
         PeerFailed: if another rank does.
     """
     given = donors or {}
-    sources = {"": base_files(base, algorithm), **{name: base_files(given[name], algorithm) for name in sorted(given)}}
-    for donor in given.values():
-        refuse_target(destination.out, destination.manifest_elsewhere, donor, overwrite=destination.overwrite)
+    ranks.share(lambda: _refuse_targets(destination, [base, *given.values()]))
     whole = grafted(base, plan, given)
     writer = Writer(spec, plan, whole, algorithm=algorithm, inherited=inherited or {}, jobs=jobs, link=destination.link)
     layout = _laid_out(writer, destination)
-    times = [(file.status.st_size, file.status.st_mtime_ns) for one in (base, *given.values()) for file in one.files]
-    run = _identity(spec, sources, times, layout, algorithm)
+    run = _identity(spec, {"": base, **given}, layout, algorithm, is_inherited=bool(inherited))
     with _staged(writer, layout, destination, run if resume else None, ranks) as made:
         journal = Journal(journal_beside(made.room.folder, ranks.rank), run)
-        records = _write(writer, made, journal, [whole, *given.values()], progress, ranks)
+        records = _write(writer, made, journal, [whole, *given.values()], destination, progress, ranks)
+
+        published: Manifest | None = None
 
         def publish() -> Manifest:
+            nonlocal published
             assert made.staging is not None
             _write_others(made.staging, layout, whole, destination)
             manifest = Manifest.of(
                 records,
                 spec=SpecIdentity(name=spec.name, digest=spec.digest(algorithm)),
-                base=sources.pop(""),
-                donors=sources,
+                base=base_files(base, algorithm),
+                donors={name: base_files(given[name], algorithm) for name in sorted(given)},
                 dropped=[tensor.name for tensor in plan.tensors if tensor.action == "drop"],
                 algorithm=algorithm,
             )
             _publish(made.staging, manifest.to_bytes(), destination)
+            published = manifest
             return manifest
 
-        return ranks.share(publish)
+        try:
+            return ranks.share(publish)
+        except (PeerFailed, SystemFailure) as failure:
+            if published is not None:
+                failure.message += "; the output was published by then"
+            elif made.staging is None and isinstance(failure, SystemFailure):
+                failure.message += "; the output may be published"
+            raise
 
 
 def convert(
@@ -141,11 +150,12 @@ def convert(
     beside = manifest_path(destination.out)
     if is_file_output(destination.out) and os.path.lexists(beside):
         raise UsageError(f"{shown(beside)}: a manifest that would speak for the output; move it, or call OUT otherwise")
+    _refuse_targets(destination, [base])
     writer = Writer(Spec(version=1), plan, base, algorithm=None, inherited={}, jobs=jobs, link=destination.link)
     layout = _laid_out(writer, destination)
     with _staged(writer, layout, destination, None, ALONE) as made:
         assert made.staging is not None
-        _write(writer, made, None, [base], progress, ALONE)
+        _write(writer, made, None, [base], destination, progress, ALONE)
         _write_others(made.staging, layout, base, destination)
         _publish_weights(made.staging, destination)
 
@@ -156,12 +166,17 @@ def dealt(plan: Plan, base: Checkpoint, ranks: int, donors: Mapping[str, Checkpo
     return deal(lay_out(plan.output, whole, single=None, max_shard_size=None).files, ranks, whole.extents)
 
 
+def _refuse_targets(destination: Destination, sources: Sequence[Checkpoint]) -> None:
+    """Raise UsageError if an output may not go where it shall."""
+    for source in sources:
+        source.refuse_if_closed()
+        with system_failures(shown(destination.out)):
+            refuse_target(destination.out, destination.manifest_elsewhere, source, overwrite=destination.overwrite)
+
+
 def _laid_out(writer: Writer, destination: Destination) -> Layout:
-    """Where everything goes, unless it may not go there."""
+    """Where in the output everything goes."""
     base, out = writer.base, destination.out
-    base.refuse_if_closed()
-    with system_failures(shown(out)):
-        refuse_target(out, destination.manifest_elsewhere, base, overwrite=destination.overwrite)
     output = writer.plan.output
     refuse_unstorable(base.label, {tensor.output_name: tensor.info for tensor in output})
     single = out.name if is_file_output(out) else None
@@ -169,16 +184,12 @@ def _laid_out(writer: Writer, destination: Destination) -> Layout:
 
 
 def _identity(
-    spec: Spec,
-    sources: Mapping[str, Sequence[BaseFile]],
-    times: Sequence[tuple[int, int]],
-    layout: Layout,
-    algorithm: str,
+    spec: Spec, sources: Mapping[str, Checkpoint], layout: Layout, algorithm: str, *, is_inherited: bool
 ) -> str:
-    """What a run makes of what: two of one identity bring the same bytes to the same places."""
-    made_of = {name: [file.model_dump() for file in files] for name, files in sources.items()}
-    headers = [(file.name, digest_of([file.header], algorithm)) for file in layout.files]
-    said = [version("ckptsurg"), spec.digest(algorithm), made_of, times, headers]
+    """What a run makes of what: two of one identity bring the same bytes to the same places, with the same records."""
+    made_of = {name: identity(sources[name]) for name in sorted(sources)}
+    headers = [[file.name, digest_of([file.header], algorithm)] for file in layout.files]
+    said = [version("ckptsurg"), spec.digest(algorithm), made_of, headers, is_inherited]
     return digest_of([json.dumps(said).encode()], algorithm)
 
 
@@ -208,7 +219,7 @@ def _staged(
     with ExitStack() as stack:
         staging: Staging | None = None
 
-        def stage() -> tuple[Path, set[str], Mapping[str, str], bool]:
+        def stage() -> tuple[Path, set[str], Mapping[str, str]]:
             nonlocal staging
             for warning in layout.warnings:
                 _log.warning("%s", warning)
@@ -220,19 +231,20 @@ def _staged(
             if staging.recorded:
                 staging.keep_only({file.name for file in layout.files})
             linked = writer.link(layout.files, staging)
-            is_shared = ranks.size > 1 or bool(staging.recorded)
-            for file in layout.files if is_shared else ():
+            for file in layout.files if ranks.size > 1 or staging.recorded else ():
                 if file.name not in linked:
-                    staging.make_room(file.name, file.size)
-            return staging.folder, linked, staging.recorded, is_shared
+                    staging.prepare(file.name, file.size)
+            return staging.folder, linked, staging.recorded
 
-        folder, linked, recorded, is_shared = ranks.share(stage)
+        folder, linked, recorded = ranks.share(stage)
         works = [
-            Work(file, share[file.name], is_alone=not is_shared, is_linked=file.name in linked)
-            for file in layout.files
-            if file.name in share
+            Work(file, share[file.name], is_linked=file.name in linked) for file in layout.files if file.name in share
         ]
-        room = stack.enter_context(closing(Room(folder))) if staging is None else staging
+        if staging is None:
+            with system_failures(shown(destination.out), "nothing was published"):
+                room = stack.enter_context(Room(folder))
+        else:
+            room = staging
         yield _Staged(staging, room, works, recorded)
 
 
@@ -241,6 +253,7 @@ def _write(
     made: _Staged,
     journal: Journal | None,
     sources: Sequence[Checkpoint],
+    destination: Destination,
     progress: Progress | None,
     ranks: Ranks,
 ) -> Mapping[str, TensorRecord]:
@@ -252,7 +265,8 @@ def _write(
 
     def write() -> tuple[Mapping[str, TensorRecord], Amounts]:
         meter = Meter(sum(len(work.span) for work in made.works), ranks.watched(progress))
-        writer.write(made.works, made.room, meter, journal=journal, recorded=made.recorded)
+        with system_failures(shown(destination.out), "nothing was published"):
+            writer.write(made.works, made.room, meter, journal=journal, recorded=made.recorded)
         for source in sources:
             source.refuse_if_changed()
         return writer.records, writer.amounts

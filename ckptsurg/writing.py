@@ -18,8 +18,9 @@ from .manifest import TensorRecord
 from .metering import Meter
 from .parallel import Segment, run
 from .plans import Plan, PlannedTensor
-from .publishing import Room, Staging
+from .publishing import Staging
 from .reading import Reading, digest_threads, segments
+from .rooms import Room
 from .spec import Spec
 from .wording import shown
 
@@ -35,13 +36,11 @@ class Work:
     Attributes:
         file: The file.
         span: The range of its bytes that is brought.
-        is_alone: Whether the file is not there yet, and no other rank has a part of it.
         is_linked: Whether it is a further name of the base's by now, so that its tensors are only read.
     """
 
     file: OutputFile
     span: range
-    is_alone: bool = True
     is_linked: bool = False
 
     def own(self) -> Iterator[tuple[PlannedTensor, int]]:
@@ -170,10 +169,10 @@ class Writer:
         if self._journal is not None:
             self._journal.add(name, record.digest, record.info.nbytes)
 
-    # --- Room
+    # --- Space
 
     def spared(self, files: Iterable[OutputFile], staging: Staging) -> int:
-        """How many bytes of files take no room of their own: those of links, and of shared blocks."""
+        """How many bytes of files take no space of their own: those of links, and of shared blocks."""
         shares = {file: staging.shares_with(file) for file in {one.file for one in self.base.extents.values()}}
         folder = staging.folder.stat().st_dev
         return sum(
@@ -196,10 +195,7 @@ class Writer:
                 yield from self._linked(work, meter)
                 continue
             missing = len(work.span) - sum(tensor.info.nbytes for tensor, _ in work.own() if tensor.output_name in kept)
-            if work.is_alone:
-                target = room.create(work.file.name, work.file.size)
-            else:
-                target = room.reopen(work.file.name, work.file.size, missing)
+            target = room.target(work.file.name, work.file.size, missing)
             targets.append(target)
             yield from self._written(work, kept, target, meter)
 
