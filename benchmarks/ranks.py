@@ -1,12 +1,12 @@
 """What processes under torchrun gain on one machine, and what that says of many machines.
 
-    python benchmarks/ranks.py [--sizes 1,4] [--rounds 3] [--folder build/ranks]
+    python benchmarks/ranks.py [--sizes 1,4,8] [--rounds 3] [--folder build/ranks]
 
 Makes checkpoints of so many GB (10^9 bytes) in shards of half a GB, and one of 92,000 tensors of 16 bytes. Rewrites and
-verifies each as one process, with one thread and with one for each processor, and under torchrun as two and four
+verifies each as one process, with one thread and with one for each processor, and under torchrun as one, two and four
 processes, the processors dealt out to them; every command once a round in an order by chance, whole processes from
-before they start. Where it is root, the page cache is emptied before each; rewrites end on disk. Prints medians, over
-those of one process with all threads; then the cost model that is fitted to them, how far it is off, and what it says
+before they start. The checkpoints are not in the page cache, Python and torch are; rewrites end on disk. Prints medians,
+over those of one process with all threads; then the cost model that is fitted to them, how far it is off, and what it says
 of 64 machines. The model and its assumptions are in docs/scale.md.
 """
 
@@ -32,7 +32,13 @@ MANY = 92_000
 SPEC = 'version: 1\nfreeze: ["**", "!layers.0"]\ncast: [{match: layers.0, dtype: F32}]\n'
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node")
 #: Processes and threads of each; no processes for the command by itself.
-WAYS = {"1 process, 1 thread": (0, 1), "1 process": (0, None), "torchrun, 2": (2, None), "torchrun, 4": (4, None)}
+WAYS = {
+    "1 process, 1 thread": (0, 1),
+    "1 process": (0, None),
+    "torchrun, 1": (1, None),
+    "torchrun, 2": (2, None),
+    "torchrun, 4": (4, None),
+}
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -59,7 +65,7 @@ class Model:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=lambda text: [float(one) for one in text.split(",")], default=[1.0, 4.0])
+    parser.add_argument("--sizes", type=lambda text: [float(one) for one in text.split(",")], default=[1.0, 4.0, 8.0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("build/ranks"))
     options = parser.parse_args()
@@ -94,7 +100,7 @@ def measure(sizes: list[float], rounds: int, folder: Path) -> dict[tuple[str, fl
     for number in range(rounds + 1):
         for command, size, way, arguments in chance.sample(jobs, len(jobs)):
             shutil.rmtree(folder / "out", ignore_errors=True)
-            empty_cache()
+            forget(folder)
             processes, threads = WAYS[way]
             launched = [*TORCHRUN, str(processes)] if processes else []
             limited = ["--jobs", str(threads)] if threads else []
@@ -104,10 +110,14 @@ def measure(sizes: list[float], rounds: int, folder: Path) -> dict[tuple[str, fl
     return {key: statistics.median(each) for key, each in seconds.items()}
 
 
-def empty_cache() -> None:
-    subprocess.run(["sync"], check=True)
-    if os.geteuid() == 0:
-        Path("/proc/sys/vm/drop_caches").write_text("3")
+def forget(folder: Path) -> None:
+    """Have nothing of a folder's files in the page cache."""
+    os.sync()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
 
 
 def make(folder: Path, gigabytes: float) -> None:
@@ -167,7 +177,7 @@ def report(measured: dict[tuple[str, float, str], float], sizes: list[float]) ->
 
 
 def foretell(model: Model, command: str) -> None:
-    """DeepSeek-V3 on 64 machines, with the network and cores of such machines."""
+    """DeepSeek-V3 on machines of 32 such cores, and a network that takes 3 GB/s in each direction."""
     nbytes, tensors, network, cores = 686e9, 91_637, 3.0e9, 32
     for machines in (1, 8, 64, 512):
         share = 1.005 * nbytes / machines

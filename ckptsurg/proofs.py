@@ -95,11 +95,20 @@ def verify(
         document, relied_on = ranks.share(lambda: _vouched_for(manifest, root, attestation))
         wanted = document.tensors.keys() if names is None else ()
         sources: list[TensorSource] = []
+        asked = [
+            baseline is None,
+            prefix,
+            exact,
+            allow_widened,
+            expect_trained,
+            only,
+            None if callable(names) else names,
+        ]
 
         def see() -> dict[str, object]:
             given = [ckpt_or_model] if baseline is None else [ckpt_or_model, baseline]
             sources.extend(stack.enter_context(tensors_of(one, wanted)) for one in given)
-            return {one.label: identity(one) for one in sources} if ranks.size > 1 else {}
+            return {"arguments": asked, **{one.label: identity(one) for one in sources}} if ranks.size > 1 else {}
 
         refuse_unlike(ranks, see)
         trained, before = sources[0], sources[1] if baseline is not None else None

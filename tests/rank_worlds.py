@@ -5,6 +5,7 @@ A line of JSON on standard input is a run, and a line on standard output how it 
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -52,7 +53,8 @@ class Zygote:
             kill: Which rank is killed, and before the how manieth of its moments, from 0; None for none.
             call: The function, ``rewrite`` or ``verify``.
             sent: What signal it is that the rank is sent.
-            own: What some ranks are given in the place of arguments, by their number.
+            own: What some ranks are given in the place of arguments, by their number; as ``fault`` one of the functions
+                of ``disk``, which then finds the disk full.
             times: How often each of them calls it.
             groups: How many groups each of them has made before.
             arguments: Its arguments.
@@ -78,10 +80,10 @@ def _serve() -> None:
     import torch.distributed.checkpoint  # noqa: F401 - once, for all runs
 
     from ckptsurg import journal, rewriting  # noqa: F401 - likewise
-    from ckptsurg.ranks import heartbeat, process_group  # noqa: F401 - likewise
+    from ckptsurg.ranks import connections, process_group  # noqa: F401 - likewise
 
     journal._SAID_EVERY = 1 << 10  # checkpoints are small here
-    heartbeat._SILENT = timedelta(seconds=10)  # and nobody has the time
+    connections._SILENT = timedelta(seconds=10)  # and nobody has the time
     for line in sys.stdin:
         sys.stdout.write(json.dumps(_forked(*json.loads(line))) + "\n")
         sys.stdout.flush()
@@ -121,6 +123,7 @@ def _rank(
 
     import ckptsurg
 
+    _fill_disk(arguments.pop("fault", None))
     count, code, said, result = _counted(moment), 0, [], ""
     logging.getLogger("ckptsurg").addHandler(_Listing(said))
     logging.getLogger("ckptsurg").setLevel(logging.INFO)
@@ -147,6 +150,16 @@ class _Listing(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._said.append(record.getMessage())
+
+
+def _fill_disk(name: str | None) -> None:
+    from ckptsurg import disk
+
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if name is not None:
+        setattr(disk, name, full)
 
 
 def _counted(moment: list[int] | None) -> Callable[[], dict[str, int]]:

@@ -270,6 +270,7 @@ def test_roots(folder):
         (2, ["plan", "absent.yaml", "base.safetensors"]),
         (2, ["plan", "spec.yaml", "absent.safetensors"]),
         (2, ["plan", "spec.yaml"]),
+        (2, ["plan", "spec.yaml", "base.safetensors", "--ranks", 2, "--json"]),
         (2, ["plan", "--unknown", "spec.yaml", "base.safetensors"]),
         (2, ["rewrite", "spec.yaml", "base.safetensors", "-o", "out"]),
         (2, ["rewrite", "spec.yaml", "base.safetensors", "-o", "new", "--max-shard-size", "many"]),

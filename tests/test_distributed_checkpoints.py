@@ -87,6 +87,8 @@ def train_and_save(rank: int, folder: Path, ranks: int) -> None:
     if rank == 0:  # alone: a collective would wait for the others, who do not come
         report = ckptsurg.verify(folder / "base.freeze.json", folder / "trained")
         (folder / "asked-alone").write_text(str(report.ok))
+    report = ckptsurg.verify(folder / "base.freeze.json", folder / "trained", group=dist.group.WORLD)
+    (folder / f"asked-together.{rank}").write_text(str(report.ok))
     if rank == ranks - 1:
         with torch.no_grad():
             model.body[0].weight.to_local().view(-1)[0] += 2.0**-20
@@ -119,6 +121,12 @@ def test_what_fsdp_saves_verifies(world):
 
 def test_one_process_of_a_group_may_ask_alone(world):
     assert (world / "asked-alone").read_text() == "True"
+
+
+def test_all_processes_of_a_group_may_ask_together(world):
+    together = list(world.glob("asked-together.*"))
+    assert len(together) > 1
+    assert all(path.read_text() == "True" for path in together)
 
 
 def test_a_frozen_tensor_that_moved_is_found(world):

@@ -15,6 +15,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 import ckptsurg
+from ckptsurg.journal import Journal, recorded_by
+from ckptsurg.rooms import Room
 
 from .rank_worlds import Zygote, contents
 
@@ -79,13 +81,141 @@ def test_the_output_is_that_of_one_process(zygote, base, expected, tmp_path, ran
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("options", [{"link": True}, {"max_shard_size": "200kB"}, {"digest": "sha256"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"link": True},
+        {"max_shard_size": "200kB"},
+        {"digest": "sha256"},
+        {"manifest": "elsewhere.json"},
+        {"trust_base_manifest": True},
+        {"trust_base_manifest": True, "resume": True},
+        {"overwrite": True},
+    ],
+)
 def test_options_are_those_of_one_process(zygote, base, tmp_path, options):
-    spec = {"version": 1, "freeze": ["**", "!embed"], "drop": "model.layers[-1:].norm"}
-    ckptsurg.rewrite(spec, base, tmp_path / "one", **options)
-    ended = zygote.run(3, spec=spec, ckpt=str(base), out=str(tmp_path / "out"), **options)
+    """With some rows of a tensor frozen, which several ranks bring parts of."""
+    mine = tmp_path / "base"
+    if "trust_base_manifest" in options:
+        ckptsurg.rewrite({"version": 1, "freeze": "**"}, base, mine)
+    else:
+        shutil.copytree(base, mine)
+    rows = {"match": "embed", "rows": "[:2000]"}
+    spec = {"version": 1, "freeze": ["**", "!embed", rows], "drop": "model.layers[-1:].norm"}
+    each = {}
+    for way in ("one", "out"):
+        (tmp_path / way).mkdir()
+        arguments = {"spec": spec, "ckpt": str(mine), "out": str(tmp_path / way / "it"), **options}
+        if "manifest" in options:
+            arguments["manifest"] = str(tmp_path / way / options["manifest"])
+        if "overwrite" in options:
+            ckptsurg.rewrite({**spec, "seed": 7}, mine, arguments["out"])
+        each[way] = arguments
+    ckptsurg.rewrite(**each["one"])
+    ended = zygote.run(3, **each["out"])
+    assert [one["code"] for one in ended] == [0] * 3, ended
+    for way in ([], ["it"]):
+        files = [path for path in Path(tmp_path, "one", *way).iterdir() if path.is_file()]
+        assert {path.name for path in Path(tmp_path, "out", *way).iterdir()} == {
+            path.name for path in Path(tmp_path, "one", *way).iterdir()
+        }
+        assert all(path.read_bytes() == Path(tmp_path, "out", *way, path.name).read_bytes() for path in files)
+
+
+def test_a_distributed_checkpoint_is_a_base_too(zygote, tmp_path):
+    torch.manual_seed(2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        dcp.save(
+            {f"layers.{number}.weight": torch.randn(300, 30) for number in range(9)}, checkpoint_id=tmp_path / "base"
+        )
+    spec = {"version": 1, "drop": "layers.4", "freeze": "**"}
+    ckptsurg.rewrite(spec, tmp_path / "base", tmp_path / "one")
+    ended = zygote.run(3, spec=spec, ckpt=str(tmp_path / "base"), out=str(tmp_path / "out"))
     assert [one["code"] for one in ended] == [0] * 3, ended
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
+
+
+# --- What is refused --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_what_one_rank_cannot_open_stops_all(zygote, base, tmp_path, rank):
+    arguments = {"spec": SPEC, "ckpt": str(base), "out": str(tmp_path / "out")}
+    ended = zygote.run(3, **arguments, own={rank: {"ckpt": str(tmp_path / "none")}})
+    assert [one["code"] for one in ended] == [2] * 3, ended
+    for other in range(3):
+        peer = "" if other == rank else f"rank {rank}: "
+        error = "UsageError" if other == rank else "PeerFailed"
+        assert ended[other]["said"].startswith(f"{error}: {peer}{tmp_path / 'none'}: no such file or folder"), ended
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_exists_is_refused_by_the_first_rank(zygote, base, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("")
+    ended = zygote.run(2, spec=SPEC, ckpt=str(base), out=str(tmp_path / "out"))
+    assert [one["code"] for one in ended] == [2, 2], ended
+    assert f"UsageError: {tmp_path / 'out'}: exists already" in ended[0]["said"]
+    assert f"PeerFailed: rank 0: {tmp_path / 'out'}: exists already" in ended[1]["said"]
+
+
+def test_a_file_system_that_is_full_for_one_rank_is_said_as_everywhere(zygote, base, tmp_path):
+    """The folder of the output has no file that the second rank could write to."""
+    arguments = {"spec": SPEC, "ckpt": str(base), "out": str(tmp_path / "out")}
+    ended = zygote.run(2, **arguments, own={1: {**arguments, "fault": "write_all"}})
+    assert [one["code"] for one in ended] == [4, 4], ended
+    reason = f"{tmp_path / 'out'}: No space left on device; nothing was published"
+    assert ended[1]["said"].endswith(f"SystemFailure: {reason}")
+    assert ended[0]["said"].endswith(f"PeerFailed: rank 1: {reason}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_ranks_that_are_given_other_files_are_refused(zygote, base, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    arguments = {"spec": SPEC, "ckpt": str(base), "out": str(tmp_path / "out")}
+    ended = zygote.run(2, **arguments, own={1: {"ckpt": str(tmp_path / "base")}})
+    assert [one["code"] for one in ended] == [2, 2], ended
+    assert all("not the same for rank 1 as for rank 0" in one["said"] for one in ended), ended
+
+
+@pytest.mark.parametrize("other", [{"only": "model.layers.1"}, {"expect_trained": True}, {"baseline": True}])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_are_asked_for_other_proofs_are_refused(zygote, base, expected, rank, other):
+    if "baseline" in other:
+        other = {"baseline": str(base.parent / "one")}
+    arguments = {"manifest": str(base.parent / "one"), "ckpt_or_model": str(base.parent / "one")}
+    ended = zygote.run(2, call="verify", **arguments, own={rank: other})
+    assert [one["code"] for one in ended] == [2, 2], ended
+
+
+def test_a_rank_of_a_dead_run_does_not_come_into_the_next(tmp_path):
+    folder = tmp_path / "output"
+    folder.mkdir()
+    (folder / "it").write_bytes(bytes(8))
+    with Room(folder) as room:
+        room.target("it", 8, 8).write(b"12345678", 0)
+        shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / "it").write_bytes(bytes(8))
+        with pytest.raises(ckptsurg.SystemFailure, match="what the first rank has staged is not there"):
+            room.target("it", 8, 8)
+        assert room.read("it") is None
+    assert (folder / "it").read_bytes() == bytes(8)
+
+
+def test_what_a_dead_run_adds_to_a_journal_is_told_from_what_the_next_adds(tmp_path):
+    """Each batch of lines is of a size that is written at once."""
+    path = tmp_path / "journal-1"
+    dead, alive = Journal(path, "dead"), Journal(path, "alive")
+    for number in range(3):
+        alive.add(f"tensor.{number}", f"blake3:{number}", 1 << 30)
+        dead.add(f"tensor.{number}", "blake3:other", 1 << 30)
+    assert recorded_by([path], "alive") == {f"tensor.{number}": f"blake3:{number}" for number in range(3)}
+    assert set(recorded_by([path], "dead").values()) == {"blake3:other"}
+
+
+# --- Stopped ----------------------------------------------------------------------------------------
 
 
 def test_a_lone_file_is_written_by_all(zygote, base, tmp_path):
@@ -98,7 +228,8 @@ def test_a_lone_file_is_written_by_all(zygote, base, tmp_path):
 
 def _moments(zygote: Zygote, base: Path, folder: Path, rank: int, count: int) -> list[int]:
     """Moments of a rank in an undisturbed run, evenly apart, the first and the last among them."""
-    seen = zygote.run(2, spec=SPEC, ckpt=str(base), out=str(folder / "out"), resume=True)[rank]["moments"]
+    arguments = {"spec": SPEC, "ckpt": str(base), "out": str(folder / "out"), "resume": True, "jobs": 1}
+    seen = zygote.run(2, **arguments)[rank]["moments"]
     shutil.rmtree(folder / "out")
     return [number * (seen - 1) // (count - 1) for number in range(count)]
 
@@ -109,7 +240,7 @@ def test_killed_at_any_moment_nothing_is_published_and_resume_finishes(zygote, b
     for moment in _moments(zygote, base, tmp_path, rank, 20):
         place = tmp_path / str(moment)
         place.mkdir()
-        arguments = {"spec": SPEC, "ckpt": str(base), "out": str(place / "out"), "resume": True}
+        arguments = {"spec": SPEC, "ckpt": str(base), "out": str(place / "out"), "resume": True, "jobs": 1}
         ended = zygote.run(2, (rank, moment), **arguments)
         assert ended[rank]["code"] == -9
         if (place / "out").exists():  # killed after it was published, when there was only cleaning up to do
@@ -245,10 +376,16 @@ def trained(base, expected) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("options", [{}, {"baseline": True}, {"expect_trained": True, "exact": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"baseline": True}, {"expect_trained": True, "exact": True}, {"only": ["**", "!head"]}, {"root": True}],
+)
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_a_report_is_that_of_one_process(zygote, base, trained, ranks, options):
-    options = {**options, **({"baseline": str(base.parent / "one")} if "baseline" in options else {})}
+    if "baseline" in options:
+        options = {"baseline": str(base.parent / "one")}
+    if "root" in options:
+        options = {"root": ckptsurg.load_manifest(base.parent / "one").root}
     arguments = {"manifest": str(base.parent / "one"), "ckpt_or_model": str(trained), **options}
     one = ckptsurg.verify(**arguments)
     assert {difference.name for difference in one.drifted} == {

@@ -64,17 +64,19 @@ def test_a_rewrite_is_that_of_one_process_and_said_once(place, tmp_path, ranks):
     assert output.count("frozen_root") == output.count("published") == 1
 
 
-def test_a_rank_that_fails_stops_all_with_its_message(place, tmp_path):
-    """Each rank in a folder of its own; the second has no base."""
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_rank_that_fails_stops_all_with_its_message(place, tmp_path, failing):
+    """Each rank in a folder of its own; one has no base."""
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
-    (tmp_path / "0" / "base").symlink_to(place / "base")
+    (tmp_path / str(1 - failing) / "base").symlink_to(place / "base")
     rewrite = f"{sys.executable} -m ckptsurg rewrite {place}/spec.yaml base -o {tmp_path}/out"
     in_folders = ["--no-python", "bash", "-c", f"cd {tmp_path}/$RANK && {rewrite}"]
     done = _run([*TORCHRUN, "--nproc-per-node", 2, *in_folders], PYTHONPATH=str(Path.cwd()))
     _, said = done.communicate(timeout=120)
     assert done.returncode != 0
-    assert "error: rank 1: base: no such file or folder" in said
+    peer = f"rank {failing}: " if failing else ""
+    assert f"error: {peer}base: no such file or folder" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
 
 
@@ -87,7 +89,7 @@ def test_ranks_that_see_other_files_are_refused(place, tmp_path):
     done = _run([*TORCHRUN, "--nproc-per-node", 2, *in_folders], PYTHONPATH=str(Path.cwd()))
     _, said = done.communicate(timeout=120)
     assert done.returncode != 0
-    assert "error: base.safetensors: rank 1 sees another than rank 0" in said
+    assert "error: base.safetensors: not the same for rank 1 as for rank 0" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -124,6 +126,22 @@ def test_two_hosts_that_share_a_folder_write_what_one_process_does(place, tmp_pa
         _, said = run.communicate(timeout=120)
         assert run.returncode == 0, said
     assert contents(tmp_path / "out") == contents(place / "one")
+
+
+def test_a_rank_of_a_training_may_verify_alone(place, tmp_path):
+    """A command that one rank of many starts is one of theirs, by the environment; without that it is its own."""
+    script = tmp_path / "train.py"
+    verify = f"{sys.executable} -m ckptsurg verify {place}/one {place}/one"
+    script.write_text(
+        "import os, subprocess\n"
+        "if os.environ['RANK'] == '0':\n"
+        "    environment = {k: v for k, v in os.environ.items() if k != 'TORCHELASTIC_RUN_ID'}\n"
+        f"    subprocess.run({verify.split()!r}, env=environment, check=True)\n"
+    )
+    done = _run([*TORCHRUN, "--nproc-per-node", 2, script], PYTHONPATH=str(Path.cwd()))
+    output, said = done.communicate(timeout=120)
+    assert done.returncode == 0, said
+    assert "identical" in output or "verified" in output
 
 
 def test_a_verify_says_once_what_it_found(place, tmp_path):

@@ -16,7 +16,7 @@ __all__ = ["ALONE", "Ranks", "refuse_unlike"]
 
 _Made = TypeVar("_Made")
 
-_ONE_PATH = "all ranks need to see the same files, under one path; of copies, that keep their times of change (cp -p)"
+_ALIKE = "all ranks are given the same arguments, and see the same files, or copies with their times of change (cp -p)"
 
 
 @runtime_checkable
@@ -93,11 +93,11 @@ ALONE = _Alone()
 
 
 def refuse_unlike(ranks: Ranks, see: Callable[[], Mapping[str, object]]) -> None:
-    """Raise UsageError if the ranks do not see the same.
+    """Raise UsageError if the ranks are not about the same.
 
     Args:
         ranks: The ranks.
-        see: What this one sees, by what messages call it; an error of it stops all.
+        see: What this one is about, by what messages call it; an error of it stops all.
     """
     seen = ranks.gather(see)
 
@@ -105,6 +105,6 @@ def refuse_unlike(ranks: Ranks, see: Callable[[], Mapping[str, object]]) -> None
         for rank, things in enumerate(seen):
             for label in sorted(things.keys() | seen[0].keys()):
                 if things.get(label) != seen[0].get(label):
-                    raise UsageError(f"{label}: rank {rank} sees another than rank 0", hint=_ONE_PATH)
+                    raise UsageError(f"{label}: not the same for rank {rank} as for rank 0", hint=_ALIKE)
 
     ranks.share(compare)

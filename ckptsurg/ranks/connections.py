@@ -16,6 +16,9 @@ import torch.distributed as dist
 
 __all__ = ["Connections", "Store", "part_of"]
 
+#: After how long without a word a process is lost; one whose connections close is so at once.
+_SILENT = timedelta(minutes=5)
+
 
 class Store(Protocol):
     """A ``torch.distributed.Store``. All methods raise RuntimeError if it is lost."""
@@ -41,15 +44,14 @@ class Connections:
         store: By which they connect; for these alone.
         rank: Which one this is.
         size: How many there are.
-        timeout: How long one of them may take to come to what others have come to.
 
     Raises:
         RuntimeError: in all methods, if one is lost or does not come.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
+    def __init__(self, store: Store, rank: int, size: int) -> None:
         self._rank, self._size = rank, size
-        self._group: Any = cast("Any", dist).ProcessGroupGloo(store, rank, size, timeout)
+        self._group: Any = cast("Any", dist).ProcessGroupGloo(store, rank, size, _SILENT)
 
     def close(self) -> None:
         """Close them; others that wait for this one see it at once."""

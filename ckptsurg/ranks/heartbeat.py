@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from enum import IntEnum
 from threading import Condition, Thread
 
@@ -12,8 +11,6 @@ __all__ = ["Heartbeat"]
 
 #: How often a rank that is at work takes part, in seconds; one that waits for others does so whenever they do.
 _EVERY = 1.0
-#: After how long without a beat a rank is lost; that of a connection which closes is known at once.
-_SILENT = timedelta(minutes=5)
 
 
 class _State(IntEnum):
@@ -44,7 +41,7 @@ class Heartbeat:
     """
 
     def __init__(self, store: Store, rank: int, size: int) -> None:
-        self._connections = Connections(store, rank, size, _SILENT)
+        self._connections = Connections(store, rank, size)
         self._step, self._state = 0, _State.WELL
         self._slowest = 0
         self.is_over = False

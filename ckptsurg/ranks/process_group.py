@@ -26,8 +26,6 @@ from .meeting import START, TOGETHER, meet
 
 __all__ = ["ProcessGroupRanks", "joined"]
 
-#: How long an exchange may take, for which all ranks are ready.
-_EXCHANGE = timedelta(minutes=30)
 #: What is in the store: why a rank has failed, and that the first one has left.
 _COMPLAINT, _FIRST_LEFT = "complaint", "first-left"
 #: How long the others wait until the first has said why all of them stop, and how often they look, in seconds.
@@ -59,7 +57,7 @@ class ProcessGroupRanks:
         self._entered = 0
         try:
             self._store = meet(store, members, me)
-            self._connections = Connections(part_of(self._store, "exchange"), self.rank, self.size, _EXCHANGE)
+            self._connections = Connections(part_of(self._store, "exchange"), self.rank, self.size)
             hosts = self._connections.numbers([_number(socket.gethostname())])
             self._heartbeat = Heartbeat(part_of(self._store, "heartbeat"), self.rank, self.size)
         except RuntimeError as failure:
