@@ -28,10 +28,10 @@ def launched() -> Iterator[Ranks]:
     except ModuleNotFoundError as error:
         raise SystemFailure(f"the ranks of torchrun cannot be joined: {error}") from None
     rank = int(os.environ["RANK"])
-    if rank != 0:
-        logging.getLogger("ckptsurg").setLevel(logging.ERROR)  # what there is to note, the first rank says
     try:
         with joined() as ranks:
+            if rank != 0:
+                logging.getLogger("ckptsurg").setLevel(logging.ERROR)  # what there is to note, the first rank says
             yield ranks
     except PeerFailed as error:
         if rank != 0:
