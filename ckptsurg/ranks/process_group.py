@@ -194,7 +194,8 @@ def _complaint(rank: int, failure: BaseException) -> dict[str, object]:
 
 
 def _lost(failure: RuntimeError | None) -> SystemFailure:
-    reason = str(failure).splitlines()[0].rpartition("] ")[2]
+    # Between a place in the library's source and advice on how to debug it.
+    reason = str(failure).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
     return SystemFailure(f"another rank is lost: {shown(reason)}")
 
 
