@@ -7,7 +7,7 @@ verifies each as one process, with one thread and with one for each processor, a
 processes, the processors dealt out to them; every command once a round in an order by chance, whole processes from
 before they start. The checkpoints are not in the page cache, Python and torch are; rewrites end on disk. Prints
 medians, over those of one process with all threads; then the cost model that is fitted to them, how far it is off, and
-what it says of 64 machines. The model and its assumptions are in docs/scale.md.
+what it says of 1 to 512 machines. The model and its assumptions are in docs/scale.md.
 """
 
 from __future__ import annotations

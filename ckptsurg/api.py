@@ -199,7 +199,8 @@ def rewrite(
         UsageError: if the output exists, would touch the base, the base has no manifest to be trusted, or is not what
             the plan was made of.
         CheckpointError: if the checkpoint is malformed, or changes meanwhile.
-        SystemFailure: if the system fails, or a process of the group is lost; nothing is published then.
+        SystemFailure: if the system fails, or a process of the group is lost; nothing is published then, unless the
+            message says so.
         PeerFailed: if another process of the group fails.
     """
     from . import rewriting
@@ -234,7 +235,7 @@ def rewrite(
             inherited = inherited_records(base, algorithm) if trust_base_manifest else None
             return document, done.plan, destination, algorithm, inherited
 
-        document, planned, destination, algorithm, inherited = ranks.share(prepare)
+        document, planned, destination, algorithm, inherited = ranks.broadcast(prepare)
         return rewriting.rewrite(
             document,
             planned,
@@ -261,7 +262,7 @@ def _opened_by_all(
         SystemFailure: if one cannot be read.
     """
     from .describing import identity
-    from .ranks import refuse_unlike
+    from .ranks import refuse_unless_alike
 
     opened: list[tuple[Checkpoint, Mapping[str, Checkpoint]]] = []
 
@@ -270,7 +271,7 @@ def _opened_by_all(
         opened.append((base, given))
         return {one.label: identity(one) for one in (base, *given.values())} if ranks.size > 1 else {}
 
-    refuse_unlike(ranks, see)
+    refuse_unless_alike(ranks, see)
     return opened[0]
 
 

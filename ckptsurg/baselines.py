@@ -67,7 +67,7 @@ class Baseline:
         own = deal_out({name: pairs[name][0].length for name in in_order}, ranks.size)[ranks.rank]
         labels = (trained.label, self._published.label)
         found = ranks.gather(lambda: set(own) - unequal({name: pairs[name] for name in own}, labels, meter, jobs))
-        return ranks.share(lambda: set[str]().union(*found))
+        return ranks.broadcast(lambda: set[str]().union(*found))
 
     def note(self, count: int) -> str | None:
         """What a report says of so many tensors that are equal."""

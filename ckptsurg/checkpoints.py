@@ -60,6 +60,11 @@ class StoredFile:
         return self.status.st_size
 
     @property
+    def version(self) -> str:
+        """What is another once the file was written to, as far as that is told without reading it; empty if nothing."""
+        return str(self.status.st_mtime_ns)
+
+    @property
     def data_start(self) -> int:
         """Where the tensors' bytes begin, in bytes; of another format, nowhere."""
         return 8 + self.header if isinstance(self.header, int) else self.size

@@ -12,6 +12,7 @@ import weakref
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
+from uuid import uuid4
 
 from . import disk
 from .errors import SystemFailure, UsageError
@@ -25,7 +26,7 @@ _log = logging.getLogger("ckptsurg")
 _LONGEST_NAME = 200
 #: Of a name that another run takes away each time.
 _MOST_TRIES = 100
-_OUTPUT, _WITHDRAWN, _JOURNAL = "output", "withdrawn-", "journal-"
+_OUTPUT, _WITHDRAWN, _JOURNAL, _MARK = "output", "withdrawn-", "journal-", "run-"
 
 
 class Claim:
@@ -48,6 +49,12 @@ class Claim:
         """Where a file is kept that stood beside the target."""
         return self.folder / f"{_WITHDRAWN}{path.name}"
 
+    def mark(self) -> Path:
+        """A file that only this run has, by which other machines tell that the folder is this one."""
+        path = self.folder / f"{_MARK}{uuid4().hex}"
+        os.close(disk.create(path))
+        return path
+
     def journals(self) -> list[Path]:
         """Those that runs have left."""
         return sorted(self.folder.glob(f"{_JOURNAL}*"))
@@ -63,7 +70,7 @@ class Claim:
             OSError: if the system fails.
         """
         found = sorted(path.name for path in self.folder.iterdir())
-        strange = [name for name in found if name != _OUTPUT and not name.startswith((_WITHDRAWN, _JOURNAL))]
+        strange = [name for name in found if name != _OUTPUT and not name.startswith((_WITHDRAWN, _JOURNAL, _MARK))]
         if strange:
             message = f"{shown(self.folder)}: a folder of ours, but in it is what is not: {enumerate_names(strange)}"
             raise SystemFailure(message, hint="move that away, or choose another output")

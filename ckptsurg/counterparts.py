@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from .checkpoints import Checkpoint, Extent, extents_of
 from .dealing import deal_out
+from .errors import UsageError
 from .manifest import Manifest, TensorRecord
 from .metering import Meter
 from .ranks import ALONE, Ranks
@@ -79,6 +80,9 @@ class Counterparts:
             meter: Told how many bytes are read.
             jobs: How many threads hash what lies in files as it is; all else is hashed as it is read.
             ranks: Among which the tensors are dealt out.
+
+        Raises:
+            UsageError: if they were not all read: ranks had others in mind.
         """
         extents = self.held_extents(records)
         sizes = {
@@ -98,7 +102,14 @@ class Counterparts:
                     known[name] = _digest_in(record.dtype, held, info.dtype, algorithm_of(record.digest))
             return known
 
-        return {name: digest for known in ranks.gather(made) for name, digest in known.items()}
+        found = {name: digest for known in ranks.gather(made) for name, digest in known.items()}
+
+        def refuse_unread() -> None:
+            if found.keys() != sizes.keys():
+                raise UsageError("the ranks have other names for tensors", hint="give all of them the same names")
+
+        ranks.broadcast(refuse_unread)
+        return found
 
     def _place(self, name: str, extents: Mapping[str, Extent]) -> tuple[str, int, str]:
         """In which order tensors are read: neighbours one after the other."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-from .checkpoints import Checkpoint, extents_of
+from .checkpoints import Checkpoint, StoredFile, extents_of
 from .errors import UsageError
 from .manifest import (
     BaseFile,
@@ -208,14 +208,15 @@ def base_files(base: Checkpoint, algorithm: str) -> list[BaseFile]:
 
 
 def identity(source: TensorSource) -> list[list[object]]:
-    """What two sources have in common that are the same, as JSON.
+    """What two sources have in common that are the same, as JSON: all that tells of other bytes without reading them.
 
-    Of files their names, sizes, headers and times of change: all that tells of other bytes without reading them. Of
-    what is in memory names, dtypes and shapes.
+    That is names, sizes and headers of files, and their times of change or what a server calls their version.
+
+    Raises:
+        UsageError: if it is not in files.
     """
-    if not isinstance(source, Checkpoint):
-        return sorted([name, str(info)] for name, info in source.tensors.items())
-    return [
-        [encodable(file.name), file.size, file.header_digest("blake3"), file.status.st_mtime_ns]
-        for file in source.files
-    ]
+    files: Sequence[StoredFile] = getattr(source, "files", ())
+    if not files:
+        message = f"{source.label}: is in memory; the processes of a group share what is read from files"
+        raise UsageError(message, hint="each of them can do it by itself, without a group")
+    return [[encodable(file.name), file.size, file.header_digest("blake3"), file.version] for file in files]

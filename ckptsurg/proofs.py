@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from .report import DiffReport, Report
     from .tensors import TensorSource
 
+#: What messages call what the ranks are asked for; no path.
+_ASKED = "the arguments"
+
 __all__ = ["attest", "diff", "load_names", "place_for_statement", "verify", "verify_and_attest"]
 
 
@@ -89,10 +92,10 @@ def verify(
     """
     from . import verifying
     from .describing import identity
-    from .ranks import refuse_unlike
+    from .ranks import refuse_unless_alike
 
     with as_ranks(group) as ranks, ExitStack() as stack:
-        document, relied_on = ranks.share(lambda: _vouched_for(manifest, root, attestation))
+        document, relied_on = ranks.broadcast(lambda: _vouched_for(manifest, root, attestation))
         wanted = document.tensors.keys() if names is None else ()
         sources: list[TensorSource] = []
         asked = [
@@ -108,9 +111,9 @@ def verify(
         def see() -> dict[str, object]:
             given = [ckpt_or_model] if baseline is None else [ckpt_or_model, baseline]
             sources.extend(stack.enter_context(tensors_of(one, wanted)) for one in given)
-            return {"arguments": asked, **{one.label: identity(one) for one in sources}} if ranks.size > 1 else {}
+            return {**{one.label: identity(one) for one in sources}, _ASKED: asked} if ranks.size > 1 else {}
 
-        refuse_unlike(ranks, see)
+        refuse_unless_alike(ranks, see)
         trained, before = sources[0], sources[1] if baseline is not None else None
         is_file = isinstance(trained, Checkpoint | AdapterOverBase)
         report = verifying.verify(
@@ -129,6 +132,7 @@ def verify(
             progress=progress,
             ranks=ranks,
         )
+        ranks.gather(stack.close)  # what has changed while it was read is found by now
     return report.model_copy(update={"relied_on": relied_on})
 
 
@@ -167,9 +171,9 @@ def verify_and_attest(
     from . import attesting
 
     with as_ranks(group) as ranks, checkpoint_of(ckpt) as trained:
-        document = ranks.share(lambda: as_manifest(manifest))
+        document = ranks.broadcast(lambda: as_manifest(manifest))
         report = verify(document, trained, jobs=jobs, group=ranks, **options)
-        return report, ranks.share(lambda: attesting.of_report(document, report, trained, jobs=as_jobs(jobs)))
+        return report, ranks.broadcast(lambda: attesting.of_report(document, report, trained, jobs=as_jobs(jobs)))
 
 
 def attest(

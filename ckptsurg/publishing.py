@@ -127,6 +127,10 @@ class Staging(Room):
             raise
         self._unflushed, self._holds_old = None, False
 
+    def mark(self) -> Path:
+        """What other ranks are given to find the folder by, as of ``Room.of_first``."""
+        return self._claim.mark().absolute()
+
     def held(self) -> int:
         """How much space what a stopped run has staged takes, in bytes."""
         return sum(path.lstat().st_blocks * 512 for path in self.folder.rglob("*")) if self.recorded else 0
@@ -142,18 +146,19 @@ class Staging(Room):
                     disk.remove_folder(Path(place, folder))
 
     def prepare(self, name: str, size: int) -> None:
-        """A file of a size in bytes, of which any rank may bring a part; one that is there by now stays.
+        """A file of a size in bytes, of which any rank may bring a part; what is in one that is there by now stays.
 
         Not if it has other names too: to write to it would be to write to those.
         """
         path = self._place(name)
         self._prepared.add(name)
+        is_ours = False
         with suppress(FileNotFoundError):
             status = path.lstat()
-            if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_size == size:
-                return
-            disk.remove(path)
-        descriptor = disk.create(path)
+            is_ours = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+            if not is_ours:
+                disk.remove(path)
+        descriptor = disk.reopen(name, self._descriptor) if is_ours else disk.create(path)
         try:
             disk.set_size(descriptor, size)
         finally:

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from uuid import uuid4
 
 from .checkpoints import Checkpoint
 from .claiming import journal_beside
@@ -106,7 +107,7 @@ def rewrite(
         PeerFailed: if another rank does.
     """
     given = donors or {}
-    ranks.share(lambda: _refuse_targets(destination, [base, *given.values()]))
+    ranks.broadcast(lambda: _refuse_targets(destination, [base, *given.values()]))
     whole = grafted(base, plan, given)
     writer = Writer(spec, plan, whole, algorithm=algorithm, inherited=inherited or {}, jobs=jobs, link=destination.link)
     layout = _laid_out(writer, destination)
@@ -134,7 +135,7 @@ def rewrite(
             return manifest
 
         try:
-            return ranks.share(publish)
+            return ranks.broadcast(publish)
         except (PeerFailed, SystemFailure) as failure:
             if published is not None:
                 failure.message += "; the output was published by then"
@@ -186,8 +187,12 @@ def _laid_out(writer: Writer, destination: Destination) -> Layout:
 def _identity(
     spec: Spec, sources: Mapping[str, Checkpoint], layout: Layout, algorithm: str, *, is_inherited: bool
 ) -> str:
-    """What a run makes of what: two of one identity bring the same bytes to the same places, with the same records."""
-    made_of = {name: identity(sources[name]) for name in sorted(sources)}
+    """What a run makes of what: two of one identity bring the same bytes to the same places, with the same records.
+
+    Of what is in memory, or where nothing tells its version, no two runs are the same.
+    """
+    is_told = all(source.files and all(file.version for file in source.files) for source in sources.values())
+    made_of = {name: identity(sources[name]) for name in sorted(sources)} if is_told else uuid4().hex
     headers = [[file.name, digest_of([file.header], algorithm)] for file in layout.files]
     said = [version("ckptsurg"), spec.digest(algorithm), made_of, headers, is_inherited]
     return digest_of([json.dumps(said).encode()], algorithm)
@@ -219,7 +224,7 @@ def _staged(
     with ExitStack() as stack:
         staging: Staging | None = None
 
-        def stage() -> tuple[Path, set[str], Mapping[str, str]]:
+        def stage() -> tuple[Path, Path | None, set[str], Mapping[str, str]]:
             nonlocal staging
             for warning in layout.warnings:
                 _log.warning("%s", warning)
@@ -234,15 +239,17 @@ def _staged(
             for file in layout.files if ranks.size > 1 or staging.recorded else ():
                 if file.name not in linked:
                     staging.prepare(file.name, file.size)
-            return staging.folder, linked, staging.recorded
+            mark = staging.mark() if ranks.size > 1 else None
+            return staging.folder.absolute(), mark, linked, staging.recorded
 
-        folder, linked, recorded = ranks.share(stage)
+        folder, mark, linked, recorded = ranks.broadcast(stage)
         works = [
             Work(file, share[file.name], is_linked=file.name in linked) for file in layout.files if file.name in share
         ]
         if staging is None:
+            assert mark is not None
             with system_failures(shown(destination.out), "nothing was published"):
-                room = stack.enter_context(Room(folder))
+                room = stack.enter_context(Room.of_first(folder, mark))
         else:
             room = staging
         yield _Staged(staging, room, works, recorded)

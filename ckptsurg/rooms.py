@@ -16,6 +16,7 @@ __all__ = ["Room"]
 
 #: No descriptor: relative to it nothing can be opened.
 _CLOSED = -1
+_SHARED = "all ranks need to see the output's folder under one path, in storage that they share"
 
 
 class Room:
@@ -32,6 +33,17 @@ class Room:
         self.folder = folder
         self._descriptor = _CLOSED
         self._targets: list[Target] = []
+
+    @classmethod
+    def of_first(cls, folder: Path, mark: Path) -> Self:
+        """The one that the first rank has made, beside which it has put a mark.
+
+        Raises:
+            SystemFailure: if it is another one, on a disk of this machine's own.
+        """
+        if not mark.exists():
+            raise SystemFailure(f"{shown(folder)}: is not what the first rank has staged", hint=_SHARED)
+        return cls(folder)
 
     def open(self) -> None:
         """Hold the folder open; it is there.
@@ -54,7 +66,7 @@ class Room:
             descriptor = disk.reopen(name, self._descriptor)
         except FileNotFoundError:
             message = f"{shown(self.folder / name)}: what the first rank has staged is not there"
-            raise SystemFailure(message, hint="all ranks need to see the output's folder under one path") from None
+            raise SystemFailure(message, hint=_SHARED) from None
         return self._opened(descriptor, size, missing)
 
     def read(self, name: str) -> StoredFile | None:

@@ -132,7 +132,7 @@ def verify(
             note="; ".join(filter(None, (note, asked, compared))) or None,
         )
 
-    return ranks.share(judge)
+    return ranks.broadcast(judge)
 
 
 # --- What is looked at -------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ class Writer:
             return set()
         kept: dict[str, TensorRecord] = {}
         for work in works:
-            if (staged := room.read(work.file.name)) is None:
+            if work.is_linked or (staged := room.read(work.file.name)) is None:
                 continue
             found: dict[str, TensorRecord] = {}
             readings = []

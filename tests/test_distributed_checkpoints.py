@@ -89,6 +89,9 @@ def train_and_save(rank: int, folder: Path, ranks: int) -> None:
         (folder / "asked-alone").write_text(str(report.ok))
     report = ckptsurg.verify(folder / "base.freeze.json", folder / "trained", group=dist.group.WORLD)
     (folder / f"asked-together.{rank}").write_text(str(report.ok))
+    with pytest.raises(ckptsurg.UsageError, match="is in memory") as refused:
+        ckptsurg.verify(folder / "base.freeze.json", model, group=dist.group.WORLD)
+    (folder / f"refused-together.{rank}").write_text(str(refused.value))
     if rank == ranks - 1:
         with torch.no_grad():
             model.body[0].weight.to_local().view(-1)[0] += 2.0**-20
@@ -127,6 +130,7 @@ def test_all_processes_of_a_group_may_ask_together(world):
     together = list(world.glob("asked-together.*"))
     assert len(together) > 1
     assert all(path.read_text() == "True" for path in together)
+    assert len(list(world.glob("refused-together.*"))) == len(together)
 
 
 def test_a_frozen_tensor_that_moved_is_found(world):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import warnings
@@ -136,6 +137,14 @@ def test_a_distributed_checkpoint_is_a_base_too(zygote, tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
 
 
+def test_a_lone_file_is_written_by_all(zygote, base, tmp_path):
+    ckptsurg.rewrite(SPEC, base, tmp_path / "one.safetensors")
+    ended = zygote.run(4, spec=SPEC, ckpt=str(base), out=str(tmp_path / "out.safetensors"))
+    assert [one["code"] for one in ended] == [0] * 4, ended
+    for ending in (".safetensors", ".freeze.json"):
+        assert (tmp_path / f"out{ending}").read_bytes() == (tmp_path / f"one{ending}").read_bytes()
+
+
 # --- What is refused --------------------------------------------------------------------------------
 
 
@@ -161,9 +170,9 @@ def test_an_output_that_exists_is_refused_by_the_first_rank(zygote, base, tmp_pa
 
 
 def test_a_file_system_that_is_full_for_one_rank_is_said_as_everywhere(zygote, base, tmp_path):
-    """The folder of the output has no file that the second rank could write to."""
+    """The second rank finds the disk full as it writes."""
     arguments = {"spec": SPEC, "ckpt": str(base), "out": str(tmp_path / "out")}
-    ended = zygote.run(2, **arguments, own={1: {**arguments, "fault": "write_all"}})
+    ended = zygote.run(2, **arguments, own={1: {"fault": "write_all"}})
     assert [one["code"] for one in ended] == [4, 4], ended
     reason = f"{tmp_path / 'out'}: No space left on device; nothing was published"
     assert ended[1]["said"].endswith(f"SystemFailure: {reason}")
@@ -171,12 +180,40 @@ def test_a_file_system_that_is_full_for_one_rank_is_said_as_everywhere(zygote, b
     assert not list(tmp_path.iterdir())
 
 
-def test_ranks_that_are_given_other_files_are_refused(zygote, base, tmp_path):
-    shutil.copytree(base, tmp_path / "base")
-    arguments = {"spec": SPEC, "ckpt": str(base), "out": str(tmp_path / "out")}
-    ended = zygote.run(2, **arguments, own={1: {"ckpt": str(tmp_path / "base")}})
-    assert [one["code"] for one in ended] == [2, 2], ended
-    assert all("not the same for rank 1 as for rank 0" in one["said"] for one in ended), ended
+@pytest.mark.parametrize("is_copy", [True, False])
+def test_ranks_see_the_same_files_if_nothing_tells_that_they_do_not(zygote, base, expected, tmp_path, is_copy):
+    """Two of one name, size and header; of a copy the times of change are the same too."""
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        shutil.copytree(base, tmp_path / str(rank) / "base")
+    if not is_copy:
+        os.utime(tmp_path / "1" / "base" / "model-00001-of-00003.safetensors")
+    own = {rank: {"folder": str(tmp_path / str(rank))} for rank in range(2)}
+    ended = zygote.run(2, spec=SPEC, ckpt="base", out=str(tmp_path / "out"), own=own)
+    if is_copy:
+        assert [one["code"] for one in ended] == [0, 0], ended
+        assert contents(tmp_path / "out") == expected
+    else:
+        assert [one["code"] for one in ended] == [2, 2], ended
+        assert all("base: not the same for rank 1 as for rank 0" in one["said"] for one in ended), ended
+
+
+def test_an_output_in_a_folder_of_each_ranks_own_is_refused(zygote, base, tmp_path):
+    """The second rank's has what a stopped run left there; nothing of that is taken for what the first has staged."""
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+    place = tmp_path / "1" / ".out.ckptsurg" / "output"
+    place.mkdir(parents=True)
+    for path in base.glob("*.safetensors"):
+        shutil.copy(path, place / path.name)
+    before = contents(place)
+    with pytest.raises(ckptsurg.SystemFailure, match="not what the first rank has staged"):
+        Room.of_first(place, place.parent / "run-0")
+    own = {rank: {"folder": str(tmp_path / str(rank))} for rank in range(2)}
+    ended = zygote.run(2, spec=SPEC, ckpt=str(base), out="out", own=own)
+    assert [one["code"] for one in ended] == [0, 0], ended  # the first rank's path is what counts
+    assert contents(place) == before
+    assert [path.name for path in (tmp_path / "0").iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("other", [{"only": "model.layers.1"}, {"expect_trained": True}, {"baseline": True}])
@@ -187,6 +224,7 @@ def test_ranks_that_are_asked_for_other_proofs_are_refused(zygote, base, expecte
     arguments = {"manifest": str(base.parent / "one"), "ckpt_or_model": str(base.parent / "one")}
     ended = zygote.run(2, call="verify", **arguments, own={rank: other})
     assert [one["code"] for one in ended] == [2, 2], ended
+    assert all("the arguments: not the same for rank 1 as for rank 0" in one["said"] for one in ended), ended
 
 
 def test_a_rank_of_a_dead_run_does_not_come_into_the_next(tmp_path):
@@ -216,14 +254,6 @@ def test_what_a_dead_run_adds_to_a_journal_is_told_from_what_the_next_adds(tmp_p
 
 
 # --- Stopped ----------------------------------------------------------------------------------------
-
-
-def test_a_lone_file_is_written_by_all(zygote, base, tmp_path):
-    ckptsurg.rewrite(SPEC, base, tmp_path / "one.safetensors")
-    ended = zygote.run(4, spec=SPEC, ckpt=str(base), out=str(tmp_path / "out.safetensors"))
-    assert [one["code"] for one in ended] == [0] * 4, ended
-    for ending in (".safetensors", ".freeze.json"):
-        assert (tmp_path / f"out{ending}").read_bytes() == (tmp_path / f"one{ending}").read_bytes()
 
 
 def _moments(zygote: Zygote, base: Path, folder: Path, rank: int, count: int) -> list[int]:
@@ -285,6 +315,23 @@ def test_one_process_goes_on_where_several_were_stopped(zygote, base, expected, 
     assert contents(tmp_path / "out") == expected
 
 
+@pytest.mark.parametrize("out", ["out", "out.safetensors"])
+def test_one_process_goes_on_where_it_was_stopped(zygote, base, tmp_path, out):
+    arguments = {"spec": SPEC, "ckpt": str(base), "out": str(tmp_path / out), "resume": True, "jobs": 1}
+    ckptsurg.rewrite(**{**arguments, "out": str(tmp_path / f"one-{out}")})
+    moments = zygote.run(1, **arguments, overwrite=True)[0]["moments"]
+    for path in tmp_path.glob(f"{Path(out).stem}*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert zygote.run(1, (0, moments // 2), **arguments)[0]["code"] == -9
+    again = zygote.run(1, **arguments)
+    assert again[0]["code"] == 0, again
+    assert "kept" in again[0]["said"]
+    if out == "out":
+        assert contents(tmp_path / out) == contents(tmp_path / f"one-{out}")
+    else:
+        assert (tmp_path / out).read_bytes() == (tmp_path / f"one-{out}").read_bytes()
+
+
 @pytest.mark.parametrize("change", ["spec", "base"])
 def test_what_another_run_staged_is_not_kept(zygote, base, tmp_path, change):
     mine = tmp_path / "base"
@@ -340,14 +387,15 @@ def test_without_resume_what_a_stopped_run_left_is_taken_away(zygote, base, expe
     assert contents(tmp_path / "out") == expected
 
 
-def test_a_base_that_is_the_output_of_a_link_is_never_written_to(zygote, base, tmp_path):
-    """A stopped run may have left further names of the base's files: to go on without them, they are not written to."""
+def test_links_that_a_stopped_run_left_are_not_written_through(zygote, base, tmp_path):
+    """They are further names of the base's files."""
     before = contents(base)
     spec = {"version": 1, "freeze": ["**", "!embed"], "drop": "model.layers[-1:].norm"}
     arguments = {"spec": spec, "ckpt": str(base), "out": str(tmp_path / "out"), "resume": True}
     moments = zygote.run(2, **arguments, link=True)[1]["moments"]
     shutil.rmtree(tmp_path / "out")
     zygote.run(2, (1, moments - 3), **arguments, link=True)
+    assert any(path.stat().st_nlink > 1 for path in (tmp_path / ".out.ckptsurg" / "output").iterdir())
     again = zygote.run(2, **arguments)
     assert [one["code"] for one in again] == [0, 0], again
     assert contents(base) == before

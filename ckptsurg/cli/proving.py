@@ -97,11 +97,11 @@ def verify(
             junit = markdown = None
         conclude = stack.enter_context(results(junit, markdown, ckpt))
         publish = place_for_statement(statement, overwrite=overwrite) if statement is not None and is_first else None
-        document = ranks.share(lambda: _manifest_of(manifest, ckpt))
+        document = ranks.broadcast(lambda: _manifest_of(manifest, ckpt))
         with opened_with(model, *paths) as [trained, *before], rendering.progress("verify") as advance:
             asked: dict[str, Any] = {
                 "baseline": before[0] if before else None,
-                "names": None if names is None else ranks.share(lambda: load_names(names)),
+                "names": None if names is None else ranks.broadcast(lambda: load_names(names)),
                 "prefix": prefix,
                 "root": root,
                 "attestation": attestation,
@@ -114,11 +114,12 @@ def verify(
                 "group": ranks,
             }
             if statement is None:
-                result = verify(document, trained, **asked)
+                result, stated = verify(document, trained, **asked), b""
             else:
                 result, stated = verify_and_attest(document, trained, **asked)
-                if publish is not None:
-                    publish(stated)
+        ranks.gather(lambda: None)  # what has changed while it was read is found by now
+        if publish is not None:
+            publish(stated)
         conclude(result, document, manifest, exact=exact, allow_widened=allow_widened)
         # Before any rank leaves: torchrun ends all of them once one has ended with 1.
         if is_first and as_json:

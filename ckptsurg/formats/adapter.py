@@ -63,6 +63,7 @@ class AdapterOverBase:
         label: How messages call it.
         tensors: Dtype and shape by name, of the base and of the adapter.
         metadata: Of the base.
+        files: Of both.
         note: What a report says of it.
 
     Raises:
@@ -81,7 +82,7 @@ class AdapterOverBase:
             **base.tensors,
             **{new: adapter.tensors[name] for new, name in self._own.items()},
         }
-        self.metadata = base.metadata
+        self.metadata, self.files = base.metadata, (*adapter.files, *base.files)
         self.note = f"{self.label} is an adapter alone: what it lacks was proven in its base, {base.label}"
 
     def read(self, name: str) -> Iterator[Buffer]:

@@ -49,6 +49,10 @@ class RemoteFile(StoredFile):
     stored: Stored
     traffic: Traffic
 
+    @property
+    def version(self) -> str:
+        return self.stored.version.tag
+
     def fill(self, view: memoryview, offset: int, label: str) -> None:
         view[:] = self.stored.fetch(offset, offset + len(view))
 

@@ -12,7 +12,7 @@ from typing import Protocol, Self, TypeVar, runtime_checkable
 from ..errors import UsageError
 from ..metering import Progress
 
-__all__ = ["ALONE", "Ranks", "refuse_unlike"]
+__all__ = ["ALONE", "Ranks", "refuse_unless_alike"]
 
 _Made = TypeVar("_Made")
 
@@ -40,11 +40,11 @@ class Ranks(Protocol):
     @property
     def on_this_host(self) -> int: ...
 
-    def share(self, make: Callable[[], _Made]) -> _Made:
+    def broadcast(self, make: Callable[[], _Made]) -> _Made:
         """What the first rank makes; the others get a copy.
 
         Raises:
-            PeerFailed: on other ranks than the first, if that raised; there what it raised.
+            PeerFailed: if another rank has failed; on the first, what ``make`` raised.
             SystemFailure: if a rank is lost.
         """
 
@@ -71,7 +71,7 @@ class _Alone:
 
     rank, size, on_this_host = 0, 1, 1
 
-    def share(self, make: Callable[[], _Made]) -> _Made:
+    def broadcast(self, make: Callable[[], _Made]) -> _Made:
         return make()
 
     def gather(self, make: Callable[[], _Made]) -> list[_Made]:
@@ -92,7 +92,7 @@ class _Alone:
 ALONE = _Alone()
 
 
-def refuse_unlike(ranks: Ranks, see: Callable[[], Mapping[str, object]]) -> None:
+def refuse_unless_alike(ranks: Ranks, see: Callable[[], Mapping[str, object]]) -> None:
     """Raise UsageError if the ranks are not about the same.
 
     Args:
@@ -107,4 +107,4 @@ def refuse_unlike(ranks: Ranks, see: Callable[[], Mapping[str, object]]) -> None
                 if things.get(label) != seen[0].get(label):
                     raise UsageError(f"{label}: not the same for rank {rank} as for rank 0", hint=_ALIKE)
 
-    ranks.share(compare)
+    ranks.broadcast(compare)

@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 __all__ = ["Connections", "Store", "part_of"]
 
-#: After how long without a word a process is lost; one whose connections close is so at once.
+#: After how long without a word a process is lost; one whose connections close is so at once to its neighbours, and to
+#: the others as those close theirs.
 _SILENT = timedelta(minutes=5)
 
 

@@ -25,7 +25,7 @@ class Heartbeat:
     """Rounds in which each rank tells all others how it is, in a thread of its own.
 
     They end with the first in which a rank has failed, or from which one is missing, or in which all are leaving. All
-    ranks end with the same one.
+    ranks end with the same one, unless one is lost: the others find that in turn.
 
     Args:
         store: By which the ranks connect; for this alone.
@@ -59,36 +59,41 @@ class Heartbeat:
             return not self.is_over
 
     def fail(self) -> None:
-        """Tell the others that this rank has failed, and leave."""
-        self._leave(_State.FAILED)
+        """Have the others told that this rank has failed."""
+        self._become(_State.FAILED)
 
     def end(self) -> None:
-        """Leave when all do, and close the connections."""
-        self._leave(_State.LEAVING)
-        self._connections.close()
+        """Leave when all do, or at once where one has failed."""
+        self._become(_State.LEAVING)
+        self._thread.join()  # a thread that outlives the interpreter would bring it down
 
-    def _leave(self, state: _State) -> None:
+    def _become(self, state: _State) -> None:
         with self._changed:
             if self._state is _State.WELL:
                 self._state = state
             self._changed.notify_all()
-        self._thread.join()  # a thread that outlives the interpreter would bring it down
 
     def _beat(self) -> None:
-        while not self.is_over:
+        try:
+            while not self.is_over:
+                self._round()
+        finally:
             with self._changed:
-                self._changed.wait_for(lambda: self._state is not _State.WELL or self._step > self._slowest, _EVERY)
-                told = (self._step, self._state)
-            try:
-                heard, loss = self._connections.numbers(told), None
-            except RuntimeError as failure:
-                heard, loss = [], failure
-            with self._changed:
-                self.loss = loss
-                if heard:
-                    steps, states = zip(*heard, strict=True)
-                    self._slowest = min(steps)
-                    self.is_over = _State.FAILED in states or set(states) == {_State.LEAVING}
-                else:
-                    self.is_over = True
+                self.is_over = True
                 self._changed.notify_all()
+            self._connections.close()  # who waits for this one sees it at once, whatever it is at
+
+    def _round(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._state is not _State.WELL or self._step > self._slowest, _EVERY)
+            told = (self._step, self._state)
+        try:
+            heard = self._connections.numbers(told)
+        except RuntimeError as failure:
+            self.loss, self.is_over = failure, True
+            return
+        steps, states = zip(*heard, strict=True)
+        with self._changed:
+            self._slowest = min(steps)
+            self.is_over = _State.FAILED in states or set(states) == {_State.LEAVING}
+            self._changed.notify_all()

@@ -7,6 +7,7 @@ import json
 import pickle
 import socket
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -22,14 +23,14 @@ from ..metering import Progress
 from ..wording import shown
 from .connections import Connections, Store, part_of
 from .heartbeat import Heartbeat
-from .meeting import START, TOGETHER, meet
+from .meeting import LOOK_EVERY, START, TOGETHER, meet
 
 __all__ = ["ProcessGroupRanks", "joined"]
 
 #: What is in the store: why a rank has failed, and that the first one has left.
 _COMPLAINT, _FIRST_LEFT = "complaint", "first-left"
-#: How long the others wait until the first has said why all of them stop, and how often they look, in seconds.
-_LAST_WORDS, _LOOK_EVERY = 60.0, 0.1
+#: How long the others wait until the first has said what there is to say, in seconds.
+_LAST_WORDS = 60.0
 
 _Made = TypeVar("_Made")
 
@@ -63,6 +64,7 @@ class ProcessGroupRanks:
         except RuntimeError as failure:
             raise _lost(failure) from failure
         self.on_this_host = hosts.count(hosts[self.rank])
+        weakref.finalize(self, self._heartbeat.end)  # of one that was never entered
 
     @classmethod
     def of(cls, group: dist.ProcessGroup) -> Self:
@@ -70,7 +72,7 @@ class ProcessGroupRanks:
         store = dist.distributed_c10d._get_default_store()  # it has no public name
         return cls(store, dist.get_process_group_ranks(group), dist.get_rank())
 
-    def share(self, make: Callable[[], _Made]) -> _Made:
+    def broadcast(self, make: Callable[[], _Made]) -> _Made:
         made, content = None, b""
         if self.rank == 0:
             with self._failures():
@@ -114,10 +116,13 @@ class ProcessGroupRanks:
             if error is not None:
                 self._fail(error)
             else:
-                self._leave()
+                with self._failures():
+                    self._leave()
         finally:
-            self._heartbeat.end()
-            self._connections.close()
+            try:
+                self._heartbeat.end()
+            finally:
+                self._connections.close()
 
     def _leave(self) -> None:
         try:
@@ -166,14 +171,17 @@ class ProcessGroupRanks:
                 return PeerFailed(**json.loads(self._store.get(_COMPLAINT)))
         except RuntimeError as loss:
             failure = loss
-        return _lost(failure or self._heartbeat.loss)
+        known = failure or self._heartbeat.loss
+        return SystemFailure("another rank has failed, and could not say why") if known is None else _lost(known)
 
     def wait_for_first(self) -> None:
         """Wait until the first rank has left the interpreter, so that no launcher stops it before it has spoken."""
+        if self._heartbeat.loss is not None:
+            return  # it may be the first that is lost
         end = time.monotonic() + _LAST_WORDS
         with suppress(RuntimeError):
             while time.monotonic() < end and not self._store.check([_FIRST_LEFT]):
-                time.sleep(_LOOK_EVERY)
+                time.sleep(LOOK_EVERY)
 
     def first_leaves(self) -> None:
         """What the others then wait for."""
@@ -193,7 +201,7 @@ def _complaint(rank: int, failure: BaseException) -> dict[str, object]:
     return {"rank": rank, "message": message}
 
 
-def _lost(failure: RuntimeError | None) -> SystemFailure:
+def _lost(failure: RuntimeError) -> SystemFailure:
     # Between a place in the library's source and advice on how to debug it.
     reason = str(failure).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
     return SystemFailure(f"another rank is lost: {shown(reason)}")
@@ -213,12 +221,6 @@ def joined() -> Iterator[ProcessGroupRanks]:
         reason = shown(str(failure).splitlines()[0])
         raise UsageError(f"the other ranks of this run cannot be reached: {reason}", hint=TOGETHER) from failure
     ranks = ProcessGroupRanks(store, range(size), me)
-    if ranks.rank == 0:
-        atexit.register(ranks.first_leaves)
-    try:
-        with ranks:
-            yield ranks
-    except CkptsurgError:
-        if ranks.rank != 0:
-            ranks.wait_for_first()
-        raise
+    atexit.register(ranks.first_leaves if ranks.rank == 0 else ranks.wait_for_first)
+    with ranks:
+        yield ranks
