@@ -8,15 +8,18 @@ import shutil
 import signal
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 import ckptsurg
 from ckptsurg.journal import Journal, recorded_by
+from ckptsurg.ranks import meeting
 from ckptsurg.rooms import Room
 
 from .rank_worlds import Zygote, contents
@@ -480,3 +483,20 @@ def test_a_lost_rank_proves_nothing(zygote, base, expected):
     ended = zygote.run(2, (1, moments - 1), call="verify", **arguments)
     assert [one["code"] for one in ended] == [4, -9]
     assert "another rank is lost" in ended[0]["said"]
+
+
+# --- Meeting ----------------------------------------------------------------------------------------
+
+
+def test_who_gives_up_waiting_has_not_come(monkeypatch):
+    """And meets the others the next time, at a place where nothing of the last time is."""
+    store = dist.HashStore()
+    for me in range(2):
+        with monkeypatch.context() as patch, pytest.raises(ckptsurg.UsageError, match="of 2 ranks only 1 came"):
+            patch.setattr(meeting, "START", 0.0)
+            meeting.meet(store, [0, 1], me)
+    for time in range(2):
+        with ThreadPoolExecutor(2) as threads:
+            one, other = threads.map(lambda me: meeting.meet(store, [0, 1], me), range(2))
+        one.set(f"said-{time}", "")
+        assert [other.check([f"said-{number}"]) for number in range(2)] == [number == time for number in range(2)]

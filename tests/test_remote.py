@@ -21,9 +21,10 @@ import numpy as np
 import pytest
 from fsspec.config import conf
 from moto.server import ThreadedMotoServer
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 
 import ckptsurg
+from ckptsurg import journal
 from ckptsurg.formats.ranges import HEAD_BYTES
 from ckptsurg.urls import URL
 
@@ -251,6 +252,7 @@ def test_an_object_of_s3_that_is_replaced_is_noticed(bucket):
 READ_FROM_HUB = """
 import sys
 import ckptsurg
+from ckptsurg import journal
 
 ckptsurg.verify(sys.argv[1], "hf://org/model", only="head.bias").raise_if_changed()
 try:
@@ -317,6 +319,37 @@ def test_a_file_that_is_replaced_is_noticed_by_the_next_answer(server):
         server.files["a.safetensors"] = FILE[:100]  # of which there is no such range
         with pytest.raises(ckptsurg.CheckpointError, match="was changed while it was read"):
             list(checkpoint.read("layers.0.weight"))
+
+
+@pytest.mark.parametrize(
+    ("says", "is_replaced", "keeps"), [(True, False, True), (True, True, False), (False, False, False)]
+)
+def test_a_stopped_rewrite_goes_on_if_the_server_says_that_the_file_is_the_same(
+    server, caplog, tmp_path, monkeypatch, says, is_replaced, keeps
+):
+    monkeypatch.setattr(journal, "_SAID_EVERY", 1)
+    if not says:
+        server.lies = {"ETag": "", "Last-Modified": ""}
+    base, old = f"{server.url}/base.safetensors", {f"layers.{number}": np.full(5000, number) for number in range(40)}
+    server.files["base.safetensors"] = save(old)
+    arguments = {"spec": {"version": 1, "freeze": "**"}, "ckpt": base, "out": tmp_path / "out", "resume": True}
+
+    def stop(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ckptsurg.rewrite(**arguments, jobs=1, progress=stop)
+    if is_replaced:
+        server.files["base.safetensors"] = save({name: values + 1 for name, values in old.items()})
+    caplog.clear()
+    ckptsurg.rewrite(**arguments)
+    assert ("kept" in caplog.text) == keeps
+    written = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert load(written).keys() == old.keys()
+    assert all(
+        each.tobytes() == load(server.files["base.safetensors"])[name].tobytes() for name, each in load(written).items()
+    )
 
 
 def test_a_file_that_is_replaced_is_noticed_at_the_end_where_no_answer_says_so():
