@@ -269,7 +269,10 @@ def _opened_by_all(
     def see() -> dict[str, object]:
         base, given = stack.enter_context(checkpoint_of(ckpt)), stack.enter_context(donors_of(donors))
         opened.append((base, given))
-        return {one.label: identity(one) for one in (base, *given.values())} if ranks.size > 1 else {}
+        if ranks.size == 1:
+            return {}
+        called: dict[str, object] = {f"the donor {shown(name)}": one.label for name, one in given.items()}
+        return {**called, **{one.label: identity(one) for one in (base, *given.values())}}
 
     refuse_unless_alike(ranks, see)
     return opened[0]

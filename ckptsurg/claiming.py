@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import re
+import stat
 import weakref
+from collections.abc import Iterable
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -81,15 +83,19 @@ class Claim:
         for name in found:
             self._put_back(self.folder / name)
         if spare_output:
+            self._remove_all(path for path in self.journals() if not _is_plain(path))
             return
         left = sum(not path.is_dir() or path.is_symlink() for path in self.folder.rglob("*"))
-        for path in self.folder.iterdir():
+        self._remove_all(self.folder.iterdir())
+        if left:
+            _log.info("%s: removed %s that a stopped run left", shown(self.folder), counted(left, "file"))
+
+    def _remove_all(self, paths: Iterable[Path]) -> None:
+        for path in paths:
             if path.is_dir() and not path.is_symlink():
                 disk.remove_all(path)
             else:
                 disk.remove(path)
-        if left:
-            _log.info("%s: removed %s that a stopped run left", shown(self.folder), counted(left, "file"))
 
     def _put_back(self, path: Path) -> None:
         """Of a lone file whose successor is still staged, the manifest belongs beside it."""
@@ -111,6 +117,12 @@ class Claim:
 def journal_beside(output: Path, rank: int) -> Path:
     """Where a rank keeps the journal of an output that is staged."""
     return output.parent / f"{_JOURNAL}{rank}"
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether it is a file and nothing else, under no other name too."""
+    status = path.lstat()
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
 
 
 _held: weakref.WeakSet[Claim] = weakref.WeakSet()

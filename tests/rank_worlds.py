@@ -54,7 +54,8 @@ class Zygote:
             call: The function, ``rewrite`` or ``verify``.
             sent: What signal it is that the rank is sent.
             own: What some ranks are given in the place of arguments, by their number; as ``fault`` one of the functions
-                of ``disk``, which then finds the disk full; as ``folder`` that in which they work.
+                of ``disk``, which then finds the disk full; as ``folder`` that in which they work; as ``call`` another
+                function.
             times: How often each of them calls it.
             groups: How many groups each of them has made before.
             arguments: Its arguments.
@@ -125,6 +126,7 @@ def _rank(
 
     _fill_disk(arguments.pop("fault", None))
     os.chdir(arguments.pop("folder", "."))
+    call = arguments.pop("call", call)
     count, code, said, result = _counted(moment), 0, [], ""
     logging.getLogger("ckptsurg").addHandler(_Listing(said))
     logging.getLogger("ckptsurg").setLevel(logging.INFO)

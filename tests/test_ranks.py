@@ -230,6 +230,55 @@ def test_ranks_that_are_asked_for_other_proofs_are_refused(zygote, base, expecte
     assert all("the arguments: not the same for rank 1 as for rank 0" in one["said"] for one in ended), ended
 
 
+def test_donors_are_the_same_under_the_same_names(zygote, base, tmp_path):
+    for seed, name in enumerate("ab"):
+        ckptsurg.rewrite(
+            {"version": 1, "seed": seed, "reinit": [{"match": "**.q", "init": "orthogonal"}]}, base, tmp_path / name
+        )
+    spec = {"version": 1, "graft": [{"match": "**.q", "from": "a"}, {"match": "**.k", "from": "b"}], "freeze": "**"}
+    donors = [
+        {"a": str(tmp_path / "a"), "b": str(tmp_path / "b")},
+        {"a": str(tmp_path / "b"), "b": str(tmp_path / "a")},
+    ]
+    own = {rank: {"donors": donors[rank]} for rank in range(2)}
+    ended = zygote.run(2, spec=spec, ckpt=str(base), out=str(tmp_path / "out"), own=own)
+    assert [one["code"] for one in ended] == [2, 2], ended
+    assert all("the donor a: not the same for rank 1 as for rank 0" in one["said"] for one in ended), ended
+
+
+def test_ranks_that_make_other_calls_are_refused(zygote, base, expected, tmp_path):
+    verify = {"manifest": str(base.parent / "one"), "ckpt_or_model": str(base.parent / "one")}
+    arguments = {"spec": SPEC, "ckpt": str(base), "out": str(tmp_path / "out")}
+    ended = zygote.run(2, own={0: arguments, 1: {"call": "verify", **verify}})
+    assert [one["code"] for one in ended] == [2, 2], ended
+    assert all("the ranks do different things" in one["said"] for one in ended), ended
+
+
+def _make(kind: str, path: Path, other: Path) -> None:
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(other)
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "link"])
+def test_what_is_no_journal_is_taken_away(zygote, base, expected, tmp_path, kind):
+    arguments = {"spec": SPEC, "ckpt": str(base), "out": str(tmp_path / "out"), "resume": True, "jobs": 1}
+    moments = zygote.run(2, **arguments)[1]["moments"]
+    shutil.rmtree(tmp_path / "out")
+    zygote.run(2, (1, moments - 3), **arguments)
+    (tmp_path / "other").write_text("kept")
+    _make(kind, tmp_path / ".out.ckptsurg" / "journal-0", tmp_path / "other")
+    again = zygote.run(3, **arguments)
+    assert [one["code"] for one in again] == [0] * 3, again
+    assert "kept" in again[0]["said"]
+    assert contents(tmp_path / "out") == expected
+    assert (tmp_path / "other").read_text() == "kept"
+
+
 def test_a_rank_of_a_dead_run_does_not_come_into_the_next(tmp_path):
     folder = tmp_path / "output"
     folder.mkdir()

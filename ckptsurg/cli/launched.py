@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,8 @@ def launched() -> Iterator[Ranks]:
         yield ALONE
         return
     try:
-        from ..ranks.process_group import joined
+        with _signals_later():  # torch has C++ import NumPy, and drops whatever is raised there
+            from ..ranks.process_group import joined
     except ModuleNotFoundError as error:
         raise SystemFailure(f"the ranks of torchrun cannot be joined: {error}") from None
     rank = int(os.environ["RANK"])
@@ -41,3 +43,13 @@ def launched() -> Iterator[Ranks]:
         if rank != 0:
             error.message = f"rank {rank}: {error.message}"
         raise
+
+
+@contextmanager
+def _signals_later() -> Iterator[None]:
+    """Have signals that stop a command come after this."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -14,11 +14,15 @@ from typing import Any, Protocol, cast
 import torch
 import torch.distributed as dist
 
+from ..errors import UsageError
+
 __all__ = ["Connections", "Store", "part_of"]
 
 #: After how long without a word a process is lost; one whose connections close is so at once to its neighbours, and to
 #: the others as those close theirs.
 _SILENT = timedelta(minutes=5)
+#: Which way bytes go.
+_TO_FIRST, _OF_FIRST = range(2)
 
 
 class Store(Protocol):
@@ -64,9 +68,20 @@ class Connections:
         self._group.allgather([boxes], [torch.tensor(own, dtype=torch.int64)]).wait()
         return [[int(number) for number in box] for box in boxes]
 
+    def _sizes(self, content: bytes, way: int) -> list[int]:
+        """How many bytes each process has for the others.
+
+        Raises:
+            UsageError: if they are about different things.
+        """
+        sizes, ways = zip(*self.numbers([len(content), way]), strict=True)
+        if set(ways) != {way}:
+            raise UsageError("the ranks do different things", hint="all processes of a group make the same calls")
+        return list(sizes)
+
     def to_first(self, content: bytes) -> list[bytes]:
         """On the first the bytes of each process; on the others nothing."""
-        sizes = [size for [size] in self.numbers([len(content)])]
+        sizes = self._sizes(content, _TO_FIRST)
         boxes = [torch.empty(max(sizes), dtype=torch.uint8) for _ in sizes] if self._rank == 0 else []
         options = dist.GatherOptions()
         options.rootRank = 0
@@ -75,7 +90,7 @@ class Connections:
 
     def of_first(self, content: bytes) -> bytes:
         """The bytes of the first."""
-        box = _boxed(content, self.numbers([len(content)])[0][0])
+        box = _boxed(content, self._sizes(content, _OF_FIRST)[0])
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         self._group.broadcast([box], options).wait()
