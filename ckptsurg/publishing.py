@@ -188,7 +188,7 @@ class Staging(Room):
     def _refuse_if_removed(self) -> None:
         """Somebody may have taken the folder away: it is not made anew, with a part in it, nor is another's used."""
         if not (self._claim.is_held() and self.folder.is_dir()):
-            raise FileNotFoundError(errno.ENOENT, "its staging folder was removed", str(self.folder))
+            raise FileNotFoundError(errno.ENOENT, "its staging folder was removed")
 
     def write(self, name: str, content: bytes) -> None:
         """A new small file."""
