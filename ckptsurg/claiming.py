@@ -20,7 +20,7 @@ from . import disk
 from .errors import SystemFailure, UsageError
 from .wording import counted, enumerate_names, shown
 
-__all__ = ["Claim", "claim_beside", "is_hidden_name", "journal_beside"]
+__all__ = ["Claim", "claim_beside", "is_hidden_name", "is_plain", "journal_beside"]
 
 _log = logging.getLogger("ckptsurg")
 
@@ -83,7 +83,7 @@ class Claim:
         for name in found:
             self._put_back(self.folder / name)
         if spare_output:
-            self._remove_all(path for path in self.journals() if not _is_plain(path))
+            self._remove_all(path for path in self.journals() if not is_plain(path))
             return
         left = sum(not path.is_dir() or path.is_symlink() for path in self.folder.rglob("*"))
         self._remove_all(self.folder.iterdir())
@@ -119,8 +119,12 @@ def journal_beside(output: Path, rank: int) -> Path:
     return output.parent / f"{_JOURNAL}{rank}"
 
 
-def _is_plain(path: Path) -> bool:
-    """Whether it is a file and nothing else, under no other name too."""
+def is_plain(path: Path) -> bool:
+    """Whether it is a file and nothing else, under no other name too.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+    """
     status = path.lstat()
     return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
 

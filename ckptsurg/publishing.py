@@ -9,14 +9,13 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from . import disk
 from .checkpoints import StoredFile, open_regular
-from .claiming import claim_beside
+from .claiming import claim_beside, is_plain
 from .copying import Target
 from .errors import CheckpointError, CkptsurgError, SystemFailure, UsageError, system_failures
 from .journal import recorded_by
@@ -154,8 +153,7 @@ class Staging(Room):
         self._prepared.add(name)
         is_ours = False
         with suppress(FileNotFoundError):
-            status = path.lstat()
-            is_ours = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+            is_ours = is_plain(path)
             if not is_ours:
                 disk.remove(path)
         descriptor = disk.reopen(name, self._descriptor) if is_ours else disk.create(path)

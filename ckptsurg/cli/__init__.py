@@ -15,9 +15,10 @@ import click
 from ..errors import CkptsurgError
 from ..wording import shown
 
-__all__ = ["main"]
+__all__ = ["SIGNALS", "main"]
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+#: Those that stop a command.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _INTERRUPTED = 130
 _SYSTEM_FAILED = 4
 #: Names the variable by which whoever looks for a bug sees where it is.
@@ -29,7 +30,7 @@ def main() -> NoReturn:
     # A stream that the caller closed is None, and the next file opened would take its number.
     sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115 - open to the end
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115 - likewise
-    for number in _SIGNALS:
+    for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _stop)
     # With a thread for each core numpy takes twice as long to import.
@@ -52,7 +53,7 @@ def _stop(number: int, _: object) -> NoReturn:
 
 
 def _ignore_signals() -> None:
-    for number in _SIGNALS:
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from ..errors import CkptsurgError, PeerFailed, SystemFailure
 from ..ranks import ALONE, Ranks
+from . import SIGNALS
 
 __all__ = ["launched"]
 
@@ -48,7 +49,7 @@ def launched() -> Iterator[Ranks]:
 @contextmanager
 def _signals_later() -> Iterator[None]:
     """Have signals that stop a command come after this."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:

@@ -121,11 +121,10 @@ def verify(
         if publish is not None:
             publish(stated)
         conclude(result, document, manifest, exact=exact, allow_widened=allow_widened)
-        # Before any rank leaves: torchrun ends all of them once one has ended with 1.
-        if is_first and as_json:
-            print_document(result)
-        elif is_first:
-            rendering.show_report(result, exact=exact)
+    if is_first and as_json:
+        print_document(result)
+    elif is_first:
+        rendering.show_report(result, exact=exact)
     return 0 if result.ok else 1
 
 
