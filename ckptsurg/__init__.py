@@ -21,7 +21,7 @@ Data flows one way; each module knows only those further down in its line or bel
       config, config_checks          config.json: its edits, and where it does not say what the tensors are
       writing, layout, publishing    who brings bytes to an output; where they go; how it becomes visible
       targets, claiming, journal     where an output may go; one run at a time; what is done of it
-      rooms                          the folder that files of an output are made in
+      staged_folder                  the folder that files of an output are made in
       ranks, dealing                 processes that do one job; how its bytes are dealt out to them
       making, describing             tensors that are drawn or cast; the manifest's records
       grafting, casting              a base with another's tensors; values in another dtype

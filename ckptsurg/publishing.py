@@ -19,7 +19,7 @@ from .claiming import claim_beside, is_plain
 from .copying import Target
 from .errors import CheckpointError, CkptsurgError, SystemFailure, UsageError, system_failures
 from .journal import recorded_by
-from .rooms import Room
+from .staged_folder import StagedFolder
 from .targets import refuse_manifest_target, refuse_stranger
 from .wording import shown
 
@@ -31,7 +31,7 @@ _log = logging.getLogger("ckptsurg")
 _MOST_INTERRUPTIONS = 8
 
 
-class Staging(Room):
+class Staging(StagedFolder):
     """A hidden folder beside the target, in which the output is made, and which is this run's alone.
 
     Attributes:
@@ -127,7 +127,7 @@ class Staging(Room):
         self._unflushed, self._holds_old = None, False
 
     def mark(self) -> Path:
-        """What other ranks are given to find the folder by, as of ``Room.of_first``."""
+        """What other ranks are given to find the folder by, as of ``StagedFolder.of_first``."""
         return self._claim.mark().absolute()
 
     def held(self) -> int:
@@ -163,7 +163,7 @@ class Staging(Room):
             os.close(descriptor)
 
     def target(self, name: str, size: int, missing: int) -> Target:
-        """As of ``Room``; a file that was not prepared is made."""
+        """As of ``StagedFolder``; a file that was not prepared is made."""
         return super().target(name, size, missing) if name in self._prepared else self.create(name, size)
 
     def create(self, name: str, size: int) -> Target:

@@ -27,8 +27,8 @@ from .metering import Meter, Progress
 from .plans import Plan
 from .publishing import Staging, staged
 from .ranks import ALONE, Ranks
-from .rooms import Room
 from .spec import Spec
+from .staged_folder import StagedFolder
 from .targets import refuse_target
 from .tensors import digest_of, refuse_unstorable
 from .wording import enumerate_names, shown
@@ -113,7 +113,7 @@ def rewrite(
     layout = _laid_out(writer, destination)
     run = _identity(spec, {"": base, **given}, layout, algorithm, is_inherited=bool(inherited))
     with _staged(writer, layout, destination, run if resume else None, ranks) as made:
-        journal = Journal(journal_beside(made.room.folder, ranks.rank), run)
+        journal = Journal(journal_beside(made.place.folder, ranks.rank), run)
         records = _write(writer, made, journal, [whole, *given.values()], destination, progress, ranks)
 
         published: Manifest | None = None
@@ -204,13 +204,13 @@ class _Staged:
 
     Attributes:
         staging: Its folder, which the first rank alone may publish.
-        room: Where this one makes its part of it.
+        place: Where this one makes its part of it.
         works: What that is.
         recorded: Digests of tensors that a stopped run may have brought to their places, by name in the output.
     """
 
     staging: Staging | None
-    room: Room
+    place: StagedFolder
     works: Sequence[Work]
     recorded: Mapping[str, str]
 
@@ -249,10 +249,10 @@ def _staged(
         if staging is None:
             assert mark is not None
             with system_failures(shown(destination.out), "nothing was published"):
-                room = stack.enter_context(Room.of_first(folder, mark))
+                place = stack.enter_context(StagedFolder.of_first(folder, mark))
         else:
-            room = staging
-        yield _Staged(staging, room, works, recorded)
+            place = staging
+        yield _Staged(staging, place, works, recorded)
 
 
 def _write(
@@ -273,7 +273,7 @@ def _write(
     def write() -> tuple[Mapping[str, TensorRecord], Amounts]:
         meter = Meter(sum(len(work.span) for work in made.works), ranks.watched(progress))
         with system_failures(shown(destination.out), "nothing was published"):
-            writer.write(made.works, made.room, meter, journal=journal, recorded=made.recorded)
+            writer.write(made.works, made.place, meter, journal=journal, recorded=made.recorded)
         for source in sources:
             source.refuse_if_changed()
         return writer.records, writer.amounts

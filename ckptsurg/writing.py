@@ -20,8 +20,8 @@ from .parallel import Segment, run
 from .plans import Plan, PlannedTensor
 from .publishing import Staging
 from .reading import Reading, digest_threads, segments
-from .rooms import Room
 from .spec import Spec
+from .staged_folder import StagedFolder
 from .wording import shown
 
 __all__ = ["Work", "Writer"]
@@ -110,7 +110,7 @@ class Writer:
     def write(
         self,
         works: Sequence[Work],
-        room: Room,
+        place: StagedFolder,
         meter: Meter,
         *,
         journal: Journal | None = None,
@@ -120,7 +120,7 @@ class Writer:
 
         Args:
             works: What is to be done.
-            room: Where.
+            place: Where.
             meter: Told how many bytes are done.
             journal: Told which tensors are in their places.
             recorded: Digests of tensors that a stopped run may have brought to theirs, by name in the output.
@@ -134,20 +134,20 @@ class Writer:
         targets: list[Target] = []
         self._total = sum(len(work.span) for work in works)
         self._journal = journal
-        kept = self._kept(works, room, meter, recorded or {})
-        run(self._segments(works, kept, room, targets, meter), self._jobs, meter)
+        kept = self._kept(works, place, meter, recorded or {})
+        run(self._segments(works, kept, place, targets, meter), self._jobs, meter)
         for target in targets:
             self.amounts.update(target.amounts)
 
     # --- What a stopped run has left
 
-    def _kept(self, works: Sequence[Work], room: Room, meter: Meter, recorded: Mapping[str, str]) -> set[str]:
+    def _kept(self, works: Sequence[Work], place: StagedFolder, meter: Meter, recorded: Mapping[str, str]) -> set[str]:
         """The tensors that a stopped run has brought to their places: read, and found to have their digests."""
         if self._algorithm is None or not recorded:
             return set()
         kept: dict[str, TensorRecord] = {}
         for work in works:
-            if work.is_linked or (staged := room.read(work.file.name)) is None:
+            if work.is_linked or (staged := place.read(work.file.name)) is None:
                 continue
             found: dict[str, TensorRecord] = {}
             readings = []
@@ -187,7 +187,7 @@ class Writer:
         return extent.length if extent is not None and shares[extent.file] else 0
 
     def _segments(
-        self, works: Sequence[Work], kept: Set[str], room: Room, targets: list[Target], meter: Meter
+        self, works: Sequence[Work], kept: Set[str], place: StagedFolder, targets: list[Target], meter: Meter
     ) -> Iterator[Segment]:
         for work in works:
             if work.is_linked:
@@ -195,7 +195,7 @@ class Writer:
                 yield from self._linked(work, meter)
                 continue
             missing = len(work.span) - sum(tensor.info.nbytes for tensor, _ in work.own() if tensor.output_name in kept)
-            target = room.target(work.file.name, work.file.size, missing)
+            target = place.target(work.file.name, work.file.size, missing)
             targets.append(target)
             yield from self._written(work, kept, target, meter)
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import ckptsurg
 from ckptsurg.journal import Journal, recorded_by
 from ckptsurg.ranks import meeting
-from ckptsurg.rooms import Room
+from ckptsurg.staged_folder import StagedFolder
 
 from .rank_worlds import Zygote, contents
 
@@ -211,7 +211,7 @@ def test_an_output_in_a_folder_of_each_ranks_own_is_refused(zygote, base, tmp_pa
         shutil.copy(path, place / path.name)
     before = contents(place)
     with pytest.raises(ckptsurg.SystemFailure, match="not what the first rank has staged"):
-        Room.of_first(place, place.parent / "run-0")
+        StagedFolder.of_first(place, place.parent / "run-0")
     own = {rank: {"folder": str(tmp_path / str(rank))} for rank in range(2)}
     ended = zygote.run(2, spec=SPEC, ckpt=str(base), out="out", own=own)
     assert [one["code"] for one in ended] == [0, 0], ended  # the first rank's path is what counts
@@ -283,14 +283,14 @@ def test_a_rank_of_a_dead_run_does_not_come_into_the_next(tmp_path):
     folder = tmp_path / "output"
     folder.mkdir()
     (folder / "it").write_bytes(bytes(8))
-    with Room(folder) as room:
-        room.target("it", 8, 8).write(b"12345678", 0)
+    with StagedFolder(folder) as staged:
+        staged.target("it", 8, 8).write(b"12345678", 0)
         shutil.rmtree(folder)
         folder.mkdir()
         (folder / "it").write_bytes(bytes(8))
         with pytest.raises(ckptsurg.SystemFailure, match="what the first rank has staged is not there"):
-            room.target("it", 8, 8)
-        assert room.read("it") is None
+            staged.target("it", 8, 8)
+        assert staged.read("it") is None
     assert (folder / "it").read_bytes() == bytes(8)
 
 

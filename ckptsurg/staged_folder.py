@@ -12,14 +12,14 @@ from .copying import Target
 from .errors import CkptsurgError, SystemFailure
 from .wording import shown
 
-__all__ = ["Room"]
+__all__ = ["StagedFolder"]
 
 #: No descriptor: relative to it nothing can be opened.
 _CLOSED = -1
 _SHARED = "all ranks need to see the output's folder under one path, in storage that they share"
 
 
-class Room:
+class StagedFolder:
     """A folder that is there. Where it came from, and what becomes of it, is another's business.
 
     It is held open, and its files are opened relative to it: whoever is still at work when it was taken away, and
